@@ -1,0 +1,46 @@
+# Every target makes the virtual environment and installs what it needs, once.
+# Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: help setup demo check test full docs bench clean
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
+
+setup: .venv/.dev  ## the virtual environment with everything that tests need
+
+demo: .venv/.core  ## train on the shipped photographs, evaluate, explain: runs/demo/report.html
+	$(BIN)/vitrail demo
+
+check: .venv/.dev  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: .venv/.dev  ## the tests of every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+full: .venv/.dev  ## the slow tests too: every registered model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m ""
+
+docs: .venv/.dev  ## run every block of README.md and docs/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
+
+bench: .venv/.dev  ## speed beside timm, as a table
+	$(BIN)/python benchmarks/forward.py
+
+clean:  ## remove the virtual environment and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vitrail needs Python 3.11 or newer; got %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch .venv/.core $@

@@ -1,0 +1,226 @@
+"""Augmentation of whole batches on their device: crop, flip, colours, policies, erasing, then mixing of images.
+
+    uint8 (B, C, H, W) ─ crop ─ flip ─ colours ─ policy ─ erase ─ normalise ─ mixup or cutmix ─> float, labels (B, K)
+
+Every draw comes from torch's global CPU generator, so a batch is a function of the seed set before it, on any device.
+(Only the noise that fills erased rectangles is drawn on the device.) Float images are ready: they are only mixed.
+
+Legend: `B` images, `C` channels, `H`, `W` pixels, `K` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.data.operations import brightness, colour, contrast
+from vitrail.data.policies import BINS, POLICIES, Drawn, apply_operations, draw_rand
+from vitrail.names import nearest
+from vitrail.records import Batch, Preprocess
+
+Crop = Literal["auto", "pad", "resized", "none"]
+AutoAugment = Literal["none", "auto", "cifar10", "imagenet", "rand", "trivial"]
+PadMode = Literal["zero", "reflect"]
+SMALL_SIDE = 96
+"""up to this side an image is padded and cropped, and gets CIFAR-10's policy; above, resized crops and ImageNet's"""
+ERASE_AREA = (0.02, 0.4)
+ERASE_ASPECT = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are varied. Probabilities are per image."""
+
+    flip: float = 0.5
+    """probability of a mirror image, left and right swapped"""
+    flip_vertical: float = 0.0
+    """probability of top and bottom swapped: for images without an up, such as cells"""
+    crop: Crop = "auto"
+    """pad: pad and cut at a random place; resized: a random part, enlarged; auto: pad up to 96 pixels, else resized"""
+    crop_pad: float = 0.125
+    """crop pad: width of the padding as a share of the image (4 of 32 pixels)"""
+    pad_mode: PadMode = "zero"
+    """crop pad: what the padding holds, black or the image reflected"""
+    crop_scale: float = 0.08
+    """crop resized: smallest part of the image's area"""
+    color_jitter: float = 0.0
+    """largest change of brightness, contrast and saturation, as a share"""
+    auto_augment: AutoAugment = "none"
+    """AutoAugment (auto takes the policy that fits the size; cifar10, imagenet name one), rand or trivial"""
+    rand_ops: int = 2
+    """RandAugment: operations an image"""
+    rand_magnitude: int = 9
+    """RandAugment: strength, 0 to 30"""
+    mixup: float = 0.0
+    """alpha of mixup's Beta(alpha, alpha); 0 is off. With cutmix on too, each batch gets one of the two"""
+    cutmix: float = 0.0
+    """alpha of cutmix's Beta(alpha, alpha); 0 is off"""
+    erase: float = 0.0
+    """probability of a rectangle of noise over the image"""
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
+        for name in ("flip", "flip_vertical", "erase", "color_jitter", "crop_pad"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
+        for name, choices in (("crop", Crop), ("pad_mode", PadMode), ("auto_augment", AutoAugment)):
+            _choose(name, getattr(self, name), get_args(choices))
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale must lie in (0, 1]; got {self.crop_scale}")
+        if self.rand_ops < 1:
+            raise ValueError(f"rand_ops must be at least 1; got {self.rand_ops}")
+        if not 0 <= self.rand_magnitude <= BINS:
+            raise ValueError(f"rand_magnitude must lie in 0 to {BINS}; got {self.rand_magnitude}")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError(f"mixup and cutmix must be at least 0; got {self.mixup} and {self.cutmix}")
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = nearest(str(value), choices, 1)[0]
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}: did you mean {near}?")
+
+
+def crop_kind(config: AugmentConfig, preprocess: Preprocess) -> Crop:
+    """`pad`, `resized` or `none`: what `auto` stands for at the model's image size."""
+    if config.crop != "auto":
+        return config.crop
+    return "pad" if max(preprocess.img_size) <= SMALL_SIDE else "resized"
+
+
+class BatchAugment:
+    """`augment(batch, step) -> batch`: raw images varied and normalised, ready images only mixed.
+
+    Labels stay (B,) int64 without mixing and are (B, num_classes) float with it; all other keys travel along.
+    `resized` crops are not made here but image by image in `train_transform`, where the whole picture still is.
+    """
+
+    def __init__(self, config: AugmentConfig, preprocess: Preprocess, num_classes: int) -> None:
+        self.config, self.preprocess, self.num_classes = config, preprocess, num_classes
+        pads = crop_kind(config, preprocess) == "pad"
+        self.pad = [round(config.crop_pad * side) if pads else 0 for side in preprocess.img_size]
+        self.policy = _policy(config, preprocess)
+
+    def __call__(self, batch: Batch, step: int = 0) -> Batch:
+        images, changed = batch["image"], dict(batch)
+        if images.dtype == torch.uint8:
+            changed["image"] = self.preprocess.normalise(self._vary(images))
+        if self.config.mixup or self.config.cutmix:
+            changed["image"], changed["label"] = self._mix(changed["image"], batch["label"])  # type: ignore[arg-type]
+        return Batch(**changed)  # type: ignore[typeddict-item]
+
+    def _vary(self, images: Tensor) -> Tensor:
+        """uint8 -> float in [0, 1]."""
+        config = self.config
+        images = pad_and_crop(images, self.pad[0], self.pad[1], config.pad_mode) if any(self.pad) else images
+        images = flip(images, config.flip, -1) if config.flip else images
+        images = flip(images, config.flip_vertical, -2) if config.flip_vertical else images
+        images = images.float() / 255
+        images = jitter(images, config.color_jitter) if config.color_jitter else images
+        if self.policy:
+            drawn = self.policy(len(images), images.shape[-2], images.shape[-1])
+            images = apply_operations(images, drawn, torch.tensor(self.preprocess.mean))
+        return erase(images, config.erase) if config.erase else images
+
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        soft = labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).to(images)
+        cut = bool(config.cutmix) and (not config.mixup or torch.rand(()).item() < 0.5)
+        alpha = config.cutmix if cut else config.mixup
+        share = float(torch.distributions.Beta(alpha, alpha).sample())
+        partner = torch.randperm(len(images)).to(images.device)
+        return (cutmix if cut else mixup)(images, soft, partner, share)
+
+
+def _policy(config: AugmentConfig, preprocess: Preprocess) -> Callable[[int, int, int], Drawn] | None:
+    if config.auto_augment == "rand":
+        ops, magnitude = config.rand_ops, config.rand_magnitude
+        return lambda count, height, width: draw_rand(count, height, width, ops=ops, magnitude=magnitude)
+    fitting = "cifar10" if max(preprocess.img_size) <= SMALL_SIDE else "imagenet"
+    return POLICIES.get(fitting if config.auto_augment == "auto" else config.auto_augment)
+
+
+def pad_and_crop(images: Tensor, pad_y: int, pad_x: int, mode: PadMode = "zero") -> Tensor:
+    """Pads (B, C, H, W) and cuts H x W out again, at a place of its own for each image."""
+    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    if mode == "zero":
+        padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
+    else:  # by index: torch's own takes no uint8 on a GPU
+        y, x = _mirrored(height, pad_y).to(images.device), _mirrored(width, pad_x).to(images.device)
+        padded = images[..., y[:, None], x]
+    top, left = torch.randint(2 * pad_y + 1, (count,)), torch.randint(2 * pad_x + 1, (count,))
+    places = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2·pad + 1, 2·pad + 1, H, W), a view
+    rows, top, left = (index.to(images.device) for index in (torch.arange(count), top, left))
+    return places[rows, :, top, left]
+
+
+def _mirrored(size: int, pad: int) -> Tensor:
+    """(size + 2·pad,) the row that stands at each place when rows are reflected at both edges."""
+    place = torch.arange(-pad, size + pad).abs()
+    return ((size - 1) - (size - 1 - place).abs()).clamp(min=0)
+
+
+def flip(images: Tensor, chance: float, dim: int) -> Tensor:
+    """Each image mirrored along `dim` with probability `chance`."""
+    chosen = (torch.rand(len(images)) < chance).to(images.device)
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(dim), images)
+
+
+def jitter(images: Tensor, strength: float) -> Tensor:
+    """Brightness, contrast and saturation of each image by up to ±`strength`, in an order drawn for the batch."""
+    steps = (brightness, contrast, colour)
+    for number in torch.randperm(len(steps)).tolist():
+        level = (torch.rand(len(images)) * 2 - 1) * strength
+        images = steps[number](images, level.to(images))
+    return images
+
+
+def erase(images: Tensor, chance: float) -> Tensor:
+    """Random erasing (Zhong et al. 2020, algorithm 1): a rectangle of uniform noise over some images.
+
+    It covers 2 to 40 % of the image with an aspect ratio of 0.3 to 3.3, cut where a side is longer than the image's.
+    """
+    count, height, width = len(images), images.shape[-2], images.shape[-1]
+    chosen = torch.rand(count) < chance
+    area = torch.empty(count).uniform_(*ERASE_AREA) * height * width
+    aspect = torch.empty(count).uniform_(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])).exp()
+    inside = _spans((area * aspect).sqrt(), height)[:, :, None] & _spans((area / aspect).sqrt(), width)[:, None, :]
+    mask = (inside & chosen[:, None, None])[:, None].to(images.device)  # (B, 1, H, W)
+    return torch.where(mask, torch.rand_like(images), images)
+
+
+def _spans(length: Tensor, size: int) -> Tensor:
+    """(B,) lengths -> (B, size): true along a span of that length at a random place."""
+    length = length.round().clamp(1, size)
+    start = (torch.rand(len(length)) * (size - length + 1)).floor()
+    place = torch.arange(size)
+    return (place >= start[:, None]) & (place < (start + length)[:, None])
+
+
+def mixup(images: Tensor, labels: Tensor, partner: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """x = λ x_i + (1 - λ) x_j, and the labels alike (Zhang et al. 2018, section 2), λ being `share`."""
+    return images.lerp(images[partner], 1 - share), labels.lerp(labels[partner], 1 - share)
+
+
+def cutmix(images: Tensor, labels: Tensor, partner: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A box of the partner's image is pasted in, one place for the batch (Yun et al. 2019, section 3.1).
+
+    The box has the share 1 - λ of the area; where it hangs over the edge it is cut, and λ becomes the exact rest.
+    """
+    height, width = images.shape[-2:]
+    (top, bottom), (left, right) = (_cut(side, share) for side in (height, width))
+    images = images.clone()
+    images[..., top:bottom, left:right] = images[partner, ..., top:bottom, left:right]
+    rest = 1 - (bottom - top) * (right - left) / (height * width)
+    return images, labels.lerp(labels[partner], 1 - rest)
+
+
+def _cut(side: int, share: float) -> tuple[int, int]:
+    centre, half = int(torch.randint(side, ())), side * math.sqrt(1 - share) / 2
+    return max(0, round(centre - half)), min(side, round(centre + half))

@@ -1,0 +1,251 @@
+"""`--data` -> training, validation and test images.
+
+A source is a row of `SOURCES`. What a source does not name is set aside from its training images by a stratified draw
+from the seed; `Splits.record` says which images those were.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitrail.data.bloodcells import bloodcells
+from vitrail.data.images import SUFFIXES, UnequalSizesError, open_image, read_images
+from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
+from vitrail.names import nearest
+
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""what the folders of a data set's parts may be called"""
+SMALL_SIDE = 96
+SMALL_BYTES = 2**30
+"""images no larger than this, in all no more than that, are held in memory if they share a size"""
+
+
+class DataError(ValueError):
+    """Data that is not where, or not as, it should be. The message says what was looked for and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are fed."""
+
+    data: str = "bloodcells"
+    """bloodcells (ships with the package), cifar10, cifar100, imagenet, or folder:PATH"""
+    data_dir: str = "data"
+    """the folder in which cifar10, cifar100 and imagenet lie"""
+    download: bool = False
+    """fetch cifar10 or cifar100 into data_dir if they are not there"""
+    img_size: int | None = None
+    """side of the square image the model gets, in pixels; None for the data's own size, 224 if it has many"""
+    batch_size: int = 128
+    """images a step and device"""
+    workers: int = 0
+    """processes that decode images; 0 decodes in the main one, which is best for small images in memory"""
+    val_fraction: float = 0.05
+    """share of every class set aside for validation, and for test, where the data names no such part"""
+    in_memory: bool | None = None
+    """hold all images of a folder in memory; None does so if they are small and share one size"""
+    seed: int = 0
+    """of everything random: draws, order, augmentation, initial weights"""
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
+        split_name(self.data)
+        for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.img_size is not None and self.img_size < 1:
+            raise ValueError(f"img_size must be at least 1, or None; got {self.img_size}")
+        if not 0 < self.val_fraction < 0.5:
+            raise ValueError(f"val_fraction must lie between 0 and 0.5; got {self.val_fraction}")
+
+
+def split_name(data: str) -> tuple[str, str]:
+    """`folder:PATH` -> (`folder`, PATH); any other source's name -> (name, empty). Raises `DataError`."""
+    source, _, path = data.partition(":")
+    if source in SOURCES and (source == "folder") == bool(path):
+        return source, path
+    if Path(data).is_dir():
+        raise DataError(f"data must name a source; got the folder {data}: say folder:{data}")
+    choices = ["folder:PATH" if name == "folder" else name for name in SOURCES]
+    near = nearest(data, choices, 1)[0]
+    raise DataError(f"data must be one of {', '.join(choices)}; got {data!r}: did you mean {near}?")
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """The images that `config.data` names. Raises `DataError`, and `ImageError` for small ones that cannot be read."""
+    source, path = split_name(config.data)
+    return SOURCES[source](config, path)
+
+
+def _bloodcells(config: DataConfig, path: str) -> Splits:
+    return _complete(bloodcells(config.img_size), config)
+
+
+def _cifar(config: DataConfig, path: str) -> Splits:
+    """torchvision's files, or an image folder with train/ and test/, in data_dir or in a folder of the set's name."""
+    number = int(config.data.removeprefix("cifar"))
+    for root in (Path(config.data_dir) / config.data, Path(config.data_dir)):
+        found = part_folders(root)
+        if {"train", "test"} <= set(found):
+            sets = _read_parts(root, {"train": found["train"], "test": found["test"]}, config)
+            if len(sets["train"].classes) != number:
+                raise DataError(f"{config.data} has {number} classes; {root} has {len(sets['train'].classes)}")
+            return _complete(sets, config)
+    return _complete({part: _cifar_files(config, part) for part in ("train", "test")}, config)
+
+
+def _cifar_files(config: DataConfig, part: str) -> TensorSet:
+    from torchvision import datasets  # costs a second: only where its files are read
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.data]
+    if not config.download and not (Path(config.data_dir) / kind.base_folder).is_dir():
+        raise DataError(
+            f"{config.data} needs {kind.base_folder}/ or train/ and test/ with a folder a class in {config.data_dir}; "
+            "found neither: give --download, or another --data-dir"
+        )
+    try:
+        found = kind(config.data_dir, train=part == "train", download=config.download)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{config.data} could not be fetched into {config.data_dir}: {error}") from error
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    ids = [f"{part}/{number:05d}" for number in range(len(images))]
+    return TensorSet(images, torch.tensor(found.targets), found.classes, ids)
+
+
+def _imagenet(config: DataConfig, path: str) -> Splits:
+    """train/ and val/ in data_dir or data_dir/imagenet. Its test/ has no labels, so `val` is reported."""
+    for root in (Path(config.data_dir) / "imagenet", Path(config.data_dir)):
+        found = part_folders(root)
+        if {"train", "val"} <= set(found):
+            return _complete(_read_parts(root, {"train": found["train"], "val": found["val"]}, config), config)
+    raise DataError(f"imagenet needs train/ and val/ with a folder a class in {config.data_dir}: give --data-dir")
+
+
+def _folder(config: DataConfig, path: str) -> Splits:
+    root = _existing(Path(path).expanduser())
+    found = part_folders(root)
+    if found and "train" not in found:
+        others = ", ".join(folder.name for folder in found.values())
+        raise DataError(f"{root} has {others} but no train: add it, or name a folder below")
+    return _complete(_read_parts(root, found or {"train": root}, config), config)
+
+
+SOURCES: dict[str, Callable[[DataConfig, str], Splits]] = {
+    "bloodcells": _bloodcells,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "imagenet": _imagenet,
+    "folder": _folder,
+}
+
+
+def _complete(sets: Mapping[str, ImageSet], config: DataConfig) -> Splits:
+    """Draws what is missing. A data set with `val` and without `test` keeps all its images: `test` is `val`."""
+    parts = dict(sets)
+    drawn = tuple(name for name in ("val", "test") if name not in parts) if "val" not in parts else ()
+    if drawn:
+        rest, *rows = draw_stratified(parts["train"].labels, config.val_fraction, len(drawn), config.seed)
+        if not len(rows[0]):
+            raise DataError(f"{config.data} has too few images of every class to set any aside: at least 3 are needed")
+        whole = parts["train"]
+        parts |= {name: whole.subset(chosen) for name, chosen in zip(drawn, rows, strict=True)}
+        parts["train"] = whole.subset(rest)
+    return Splits(
+        name=config.data, train=parts["train"], val=parts["val"], test=parts.get("test", parts["val"]),
+        drawn=drawn, seed=config.seed, val_fraction=config.val_fraction,
+    )  # fmt: skip
+
+
+def _read_parts(root: Path, folders: Mapping[str, Path], config: DataConfig) -> dict[str, ImageSet]:
+    train = image_folder(folders["train"], base=root, in_memory=config.in_memory)
+    others = {name: path for name, path in folders.items() if name != "train"}
+    return {"train": train} | {
+        name: image_folder(path, classes=train.classes, base=root, in_memory=config.in_memory)
+        for name, path in others.items()
+    }
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders below `root` that hold its parts, by part: `train`, `val`, `test`."""
+    return {part: root / name for part, names in PARTS.items() for name in names if (root / name).is_dir()}
+
+
+def image_folder(
+    root: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    base: Path | None = None,
+    in_memory: bool | None = None,
+) -> ImageSet:
+    """All images below `root`, whose folders are the classes; ids are paths relative to `base` (`root` unless given).
+
+    `classes` fixes names and order, as a part of a larger set needs it. Raises `DataError` where the folder is missing,
+    holds no class folders, fewer than two, or one without images, or a class that `classes` does not name.
+    """
+    root = _existing(Path(root))
+    found = _class_folders(root, classes)
+    names = tuple(classes or found)
+    files = {name: _image_files(root / name) for name in found}
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        raise DataError(f"every class needs an image; {root / empty[0]} has none of {', '.join(sorted(SUFFIXES))}")
+    paths = [path for name in found for path in files[name]]
+    labels = torch.tensor([names.index(name) for name in found for _ in files[name]])
+    ids = [path.relative_to(base or root).as_posix() for path in paths]
+    return _held(paths, labels, names, ids, in_memory)
+
+
+def _class_folders(root: Path, classes: Sequence[str] | None) -> list[str]:
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
+        raise DataError(f"{root} must hold one folder of images a class; it has no folder but {loose} loose images")
+    unknown = sorted(set(found) - set(classes)) if classes else []
+    if classes and unknown:
+        raise DataError(
+            f"{root} has the class {unknown[0]!r}, which the training images lack; the nearest is "
+            f"{nearest(unknown[0], classes, 1)[0]!r}"
+        )
+    if not classes and len(found) < 2:
+        raise DataError(f"{root} needs at least two class folders; got only {found[0]!r}")
+    return found
+
+
+def _image_files(folder: Path) -> list[Path]:
+    found = (Path(place) / name for place, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def _held(
+    paths: list[Path], labels: Tensor, names: tuple[str, ...], ids: list[str], in_memory: bool | None
+) -> ImageSet:
+    if in_memory or (in_memory is None and _look_small(paths)):
+        try:
+            return TensorSet(read_images(paths), labels, names, ids)
+        except UnequalSizesError:
+            if in_memory:
+                raise
+    return FileSet(paths, labels, names, ids)
+
+
+def _look_small(paths: Sequence[Path]) -> bool:
+    """Judged by 32 images spread over the set; an odd one found later only costs the time of having tried."""
+    sizes = {open_image(path).size for path in paths[:: max(1, len(paths) // 32)]}
+    width, height = max(sizes)
+    return len(sizes) == 1 and max(width, height) <= SMALL_SIDE and 3 * width * height * len(paths) <= SMALL_BYTES
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    parent = next(place for place in path.absolute().parents if place.is_dir())
+    word = path.absolute().relative_to(parent).parts[0]
+    close = nearest(word, (place.name for place in parent.iterdir() if place.is_dir()), 1)
+    hint = f"the nearest is {parent / close[0]}" if close else f"{parent} has no folders"
+    raise DataError(f"there is no folder {path}; {hint}")

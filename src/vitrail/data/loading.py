@@ -1,0 +1,184 @@
+"""Batches in an order that can be resumed, sharded and repeated.
+
+The order is a pure function of (seed, epoch); what is random about one image, of (seed, epoch, its number). So the same
+batches come with 0, 1 or 4 workers, after a resume, and on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vitrail.data.augment import AugmentConfig
+from vitrail.data.datasets import DataConfig, load_splits
+from vitrail.data.imagesets import ImageSet, Sample, collate
+from vitrail.data.transforms import Transform, eval_transform, train_transform
+from vitrail.records import Batch
+
+
+class Pick(NamedTuple):
+    """One image to be drawn. It carries the epoch, so that a worker needs to be told nothing."""
+
+    epoch: int
+    row: int
+
+
+def draw_seed(*numbers: int) -> int:
+    """A well-mixed seed of 63 bits: neighbouring numbers give unrelated ones."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class OrderedBatches(Sampler[list[Pick]]):
+    """Batches of image numbers: a pure function of (seed, epoch), from any batch on.
+
+    With `shuffle` every epoch has its own order. Over `world` processes no image is drawn twice; without `shuffle`
+    each is drawn exactly once; with it the epoch is cut to a multiple of `world` (other images every epoch), so that
+    all processes make equally many steps. Nothing else is dropped: the last batch may be small.
+    `rank` and `world` are taken from `torch.distributed` when they are None and it runs.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        if count < 1 or batch_size < 1:
+            raise ValueError(f"there must be at least one image and one image a batch; got {count} and {batch_size}")
+        if (rank is None) != (world is None) or not 0 <= (rank or 0) < (world or 1):
+            raise ValueError(f"rank must lie in 0 … world - 1, both or neither given; got rank {rank} of world {world}")
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The order of `epoch` from its batch `start` on; `len()` stays that of the whole epoch."""
+        self.epoch, self.start = epoch, start
+
+    def _place(self) -> tuple[int, int]:
+        if self.rank is not None and self.world is not None:
+            return self.rank, self.world
+        running = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+    def order(self) -> Tensor:
+        """(n,) this process's images in the order of the epoch."""
+        rank, world = self._place()
+        if not self.shuffle:
+            return torch.arange(self.count)[rank::world]
+        if self.count < world:
+            raise ValueError(f"every process needs an image; got {self.count} for {world}: start fewer")
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)
+        return order[: self.count - self.count % world][rank::world]
+
+    def __len__(self) -> int:
+        share = -(-self.count // self._place()[1]) if not self.shuffle else self.count // self._place()[1]
+        return -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        order, epoch = self.order(), self.epoch
+        even = not self.shuffle and self._place()[1] > 1  # no process may run out of batches before the others
+        parts = order.tensor_split(len(self)) if even else order.split(self.batch_size)
+        for part in parts[self.start :]:
+            if len(part):
+                yield [Pick(epoch, row) for row in part.tolist()]
+
+
+class Drawing(Dataset[Batch]):
+    """An image set behind a transform, drawn a batch at a time.
+
+    A transform that is not random takes the whole batch at once where the images share a size; a random one takes image
+    by image under a seed of its own, and leaves torch's global generator as it was.
+    """
+
+    def __init__(self, images: ImageSet, transform: Transform | None, seed: int) -> None:
+        if transform is None and images.size is None:
+            raise ValueError("images of many sizes need a transform to one: give transform=eval_transform(preprocess)")
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, picks: Sequence[Pick]) -> Batch:
+        transform = self.transform
+        if self.images.size is None or (transform is not None and transform.random):
+            return collate([self._single(pick, cast(Transform, transform)) for pick in picks])
+        batch = self.images.gather([pick.row for pick in picks])
+        return batch if transform is None else Batch(**{**batch, "image": transform(batch["image"])})
+
+    def _single(self, pick: Pick, transform: Transform) -> Sample:
+        sample = self.images[pick.row]
+        if not transform.random:
+            return Sample(**{**sample, "image": transform(sample["image"])})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))
+            return Sample(**{**sample, "image": transform(sample["image"])})
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def make_loader(
+    images: ImageSet,
+    *,
+    batch_size: int,
+    train: bool,
+    transform: Transform | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+) -> DataLoader[Batch]:
+    """A loader of raw batches: image uint8 (B, C, H, W), label (B,) int64, id.
+
+    `train` shuffles; otherwise every image comes once, in order. `loader.batch_sampler` is an `OrderedBatches`:
+    call its `set_epoch` before each epoch. Raises `ValueError` for images of many sizes without a `transform`;
+    `ImageError` while iterating, naming the file.
+    """
+    order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world)
+    drawing = Drawing(images, transform, seed)
+    own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one
+    return DataLoader(
+        drawing, batch_sampler=order, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(), generator=own_generator,
+    )  # fmt: skip
+
+
+def get_data_loaders(
+    data: str = "bloodcells",
+    data_dir: str = "data",
+    batch_size: int = 128,
+    img_size: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    val_fraction: float = 0.05,
+    download: bool = False,
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    """Training and validation loaders for `data`, as the flags of the same names make them.
+
+    Images are raw: (B, 3, img_size, img_size) uint8. Raises `DataError` where the data is not found.
+    """
+    config = DataConfig(
+        data=data, data_dir=data_dir, batch_size=batch_size, img_size=img_size, workers=workers, seed=seed,
+        val_fraction=val_fraction, download=download,
+    )  # fmt: skip
+    splits = load_splits(config)
+    preprocess = splits.preprocess(img_size)
+    cuts = train_transform(preprocess, AugmentConfig()), eval_transform(preprocess)
+    return (
+        make_loader(splits.train, batch_size=batch_size, train=True, transform=cuts[0], seed=seed, workers=workers),
+        make_loader(splits.val, batch_size=batch_size, train=False, transform=cuts[1], seed=seed, workers=workers),
+    )

@@ -1,0 +1,259 @@
+"""Pictures of what a model sees: heat laid over an image, a panel a head, a panel a layer, the image as patches.
+
+    image ── to_picture ──> (H, W, 3) uint8 ──┬── overlay(heat) ──> one PIL image
+    heat (h, w) ── enlarged to (H, W) ────────┘          └── sheet ──> head_grid, layer_row
+
+Every map is scaled to its own range before it is coloured, so colours compare places in one panel, not two panels.
+A model sees a resized and cropped image: give that one here, or heat and image do not lie on each other.
+
+Legend: `C` channels, `H`, `W` image height and width, `h`, `w` rows and columns of a token grid.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from vitrail.draw.canvas import INK, SMALL, Drawing
+from vitrail.names import nearest
+from vitrail.records import Explanation
+
+Pixels = NDArray[np.uint8]
+AnyImage = Image.Image | Tensor | str | Path
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""what a path may hold: decoders that run no code and read no other file"""
+PANEL = 2.2
+"""inches"""
+SHARP = 224
+"""pixels of the short side below which a picture is enlarged before heat is laid over it"""
+
+
+def to_picture(image: AnyImage) -> Pixels:
+    """Any image as an (H, W, 3) uint8 array, upright.
+
+    Takes a PIL image, a path, or a (C, H, W) tensor, uint8 or float in [0, 1]. One or two channels are shown as grey
+    (the first), more than three by their first three. Transparency is laid on white, 16-bit grey is scaled linearly.
+    Raises `ValueError` for anything else, naming it.
+    """
+    if isinstance(image, Tensor):
+        return _from_tensor(image)
+    if isinstance(image, str | Path):
+        image = _opened(Path(image))
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image is a PIL image, a path or a (C, H, W) tensor; got {type(image).__name__}")
+    return np.array(_on_white(ImageOps.exif_transpose(image)))
+
+
+def overlay(
+    image: AnyImage,
+    heat: Tensor,
+    *,
+    alpha: float = 0.5,
+    cmap: str = "inferno",
+    size: tuple[int, int] | None = None,
+    fade: bool = False,
+) -> Image.Image:
+    """`heat` (h, w), scaled to its own range, in colour over the image.
+
+    `alpha` is the weight of the colour, 0 … 1; with `fade` it falls with the heat, so that cold places show the bare
+    image. `cmap` is a matplotlib colour map; the default is readable with any kind of colour vision and in grey.
+    `size` is the (height, width) of the result, by default the image's.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1]; got {alpha}")
+    picture = _resized(to_picture(image), size)
+    level = _enlarged(heat, picture.shape[:2])
+    weight = alpha * (level if fade else np.ones_like(level))[..., None]
+    mixed = (1 - weight) * picture + weight * 255 * _colormap(cmap)(level)[..., :3]
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def head_grid(image: AnyImage, maps: Tensor, *, columns: int = 4, cmap: str = "inferno") -> Drawing:
+    """The image, then one panel a head with its number (from 0). `maps` is (heads, h, w)."""
+    if maps.ndim != 3 or not len(maps):
+        raise ValueError(f"maps must be (heads, h, w) with at least one head; got shape {tuple(maps.shape)}")
+    return _with_image(image, list(maps), [f"head {i}" for i in range(len(maps))], columns, cmap)
+
+
+def layer_row(image: AnyImage, maps: Sequence[Tensor], titles: Sequence[str], *, cmap: str = "inferno") -> Drawing:
+    """The image and one panel a map, in one row. `maps` are (h, w) each and may differ in size."""
+    if len(maps) != len(titles) or not maps:
+        raise ValueError(f"every map needs one title; got {len(maps)} maps and {len(titles)} titles")
+    return _with_image(image, maps, titles, len(maps) + 1, cmap)
+
+
+def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: int = 4) -> Drawing:
+    """Pictures in rows of `columns`, each under its caption (wrapped; empty or no captions at all are fine)."""
+    if not images:
+        raise ValueError("a sheet needs at least one image; got none")
+    if captions and len(captions) != len(images):
+        raise ValueError(f"every image needs one caption; got {len(images)} images and {len(captions)} captions")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
+    columns = min(columns, len(images))
+    pictures = [to_picture(image) for image in images]
+    lines = [textwrap.fill(caption, 28) for caption in captions or [""] * len(images)]
+    heights = [
+        max(_inches(picture, line) for picture, line in zip(pictures[i:][:columns], lines[i:][:columns], strict=True))
+        for i in range(0, len(pictures), columns)
+    ]
+    drawing = Drawing(PANEL * columns, sum(heights), "compressed")
+    grid = drawing.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat[len(pictures) :]:
+        axes.set_axis_off()
+    for axes, picture, line in zip(grid.flat, pictures, lines, strict=False):
+        _show(axes, picture, line)
+    return drawing
+
+
+def patch_picture(image: AnyImage, patch_size: int | tuple[int, int] = 16) -> Drawing:
+    """The image beside the patches that a `PatchEmbed` cuts it into, with their numbers in reading order, from 0.
+
+    `patch_size` is one side or (height, width) in pixels. Pixels that fill no whole patch are cut off evenly around
+    the image, and the title says so. Numbers are left out where they would be too small to read.
+    """
+    high, wide = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    whole = to_picture(image)
+    if min(high, wide) < 1 or high > whole.shape[0] or wide > whole.shape[1]:
+        raise ValueError(
+            f"patch_size must be at least 1 and fit into the image of {whole.shape[0]} x {whole.shape[1]} pixels;"
+            f" got {high} x {wide}"
+        )
+    picture = _whole_patches(whole, high, wide)
+    rows, columns = picture.shape[0] // high, picture.shape[1] // wide
+    drawing = Drawing(11, 5.4 * min(max(picture.shape[0] / picture.shape[1], 0.3), 2) + 0.5)
+    left, right = drawing.subplots(1, 2)
+    cut = "" if picture.shape == whole.shape else f", cut from {whole.shape[0]} x {whole.shape[1]}"
+    _show(left, picture, f"{picture.shape[0]} x {picture.shape[1]} pixels{cut}")
+    _show(right, _apart(picture, high, wide), f"{rows} x {columns} = {rows * columns} patches of {high} x {wide}")
+    _number(right, rows, columns)
+    return drawing
+
+
+def _from_tensor(image: Tensor) -> Pixels:
+    if image.ndim != 3 or not image.numel():
+        raise ValueError(f"an image tensor must be (C, H, W); got shape {tuple(image.shape)}")
+    image = image.detach().cpu()
+    if image.dtype != torch.uint8:
+        image = _to_bytes(image)
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    slack = 0.01  # bicubic resizing overshoots a little
+    if not image.is_floating_point():
+        raise ValueError(f"an image tensor must be uint8 or float; got {image.dtype}")
+    low, high = image.min().item(), image.max().item()
+    if not (-slack <= low and high <= 1 + slack):
+        raise ValueError(
+            f"a float image must lie in [0, 1]; got {low:.3g} … {high:.3g}: if it is normalised, undo it with"
+            " preprocess.denormalise(image)"
+        )
+    return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no image that can be read here ({', '.join(FORMATS)})") from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _resized(picture: Pixels, size: tuple[int, int] | None) -> Pixels:
+    if size is None or size == picture.shape[:2]:
+        return picture
+    return np.array(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _enlarged(heat: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
+    if heat.ndim != 2 or not heat.numel():
+        raise ValueError(f"heat must be (h, w), one number a grid cell; got shape {tuple(heat.shape)}")
+    if not heat.isfinite().all():
+        raise ValueError("heat must be finite; got NaN or infinity")
+    levels: NDArray[np.float32] = Explanation(method="", heat=heat.detach().cpu()).resized(size).numpy()
+    return levels
+
+
+def _colormap(name: str) -> Colormap:
+    if name not in matplotlib.colormaps:
+        raise ValueError(
+            f"cmap must be a matplotlib colour map; got {name!r}, near {', '.join(nearest(name, matplotlib.colormaps))}"
+        )
+    return matplotlib.colormaps[name]
+
+
+def _with_image(image: AnyImage, maps: Sequence[Tensor], titles: Sequence[str], columns: int, cmap: str) -> Drawing:
+    picture = to_picture(image)
+    scale = max(1.0, SHARP / min(picture.shape[:2]))
+    size = (round(picture.shape[0] * scale), round(picture.shape[1] * scale))
+    panels = [overlay(image, heat, alpha=0.6, cmap=cmap, size=size) for heat in maps]
+    return sheet([Image.fromarray(_resized(picture, size)), *panels], ["image", *titles], columns=columns)
+
+
+def _inches(picture: Pixels, caption: str) -> float:
+    aspect = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.5)
+    return PANEL * aspect + 0.16 * (caption.count("\n") + 1) + 0.1
+
+
+def _show(axes: Axes, picture: Pixels, caption: str) -> None:
+    axes.imshow(picture, interpolation="nearest" if min(picture.shape[:2]) < SHARP else "antialiased")
+    axes.set(xticks=(), yticks=())
+    axes.spines[:].set_visible(False)
+    axes.set_title(caption, fontsize=SMALL, color=INK, parse_math=False)
+
+
+def _whole_patches(picture: Pixels, high: int, wide: int) -> Pixels:
+    top, left = (picture.shape[0] % high) // 2, (picture.shape[1] % wide) // 2
+    rows, columns = picture.shape[0] // high, picture.shape[1] // wide
+    return picture[top : top + rows * high, left : left + columns * wide]
+
+
+def _apart(picture: Pixels, high: int, wide: int) -> Pixels:
+    """The patches with white gaps of a tenth of a patch, each patch at least 20 pixels wide so that gaps are thin."""
+    scale = -(-20 // min(high, wide))
+    big = picture.repeat(scale, 0).repeat(scale, 1)
+    high, wide = high * scale, wide * scale
+    gap = max(2, min(high, wide) // 10)
+    rows, columns = big.shape[0] // high, big.shape[1] // wide
+    patches = big.reshape(rows, high, columns, wide, 3)
+    spaced = np.full((rows, high + gap, columns, wide + gap, 3), 255, np.uint8)
+    spaced[:, :high, :, :wide] = patches
+    return spaced.reshape(rows * (high + gap), columns * (wide + gap), 3)
+
+
+def _number(axes: Axes, rows: int, columns: int) -> None:
+    """Numbers in the upper left corner of each patch; the axes show `_apart`'s picture."""
+    points = min(9.0, 72 * 5.2 / columns * 0.3)
+    if points < 3:
+        return
+    width, height = axes.get_xlim()[1] + 0.5, axes.get_ylim()[0] + 0.5
+    outline = [withStroke(linewidth=points / 5, foreground="black")]
+    style: dict[str, Any] = {"fontsize": points, "color": "white", "va": "top", "path_effects": outline}
+    for i in range(rows * columns):
+        row, column = divmod(i, columns)
+        axes.text(width * (column + 0.05) / columns, height * (row + 0.05) / rows, str(i), **style)

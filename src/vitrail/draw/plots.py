@@ -1,0 +1,261 @@
+"""Charts of figures: learning curves, confusion, calibration, one bar a class. Tensors and a `History` in, figures out.
+
+Colours are told apart with any kind of colour vision, and no chart rests on colour alone.
+
+Legend: `K` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from vitrail.draw.canvas import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, Drawing, dress
+from vitrail.records import History
+
+READABLE = 30
+"""classes up to which a chart can name and number each of them"""
+NAMED = 120
+"""classes up to which a confusion matrix names its rows in small print"""
+PERCENT = PercentFormatter(1, decimals=0)
+SHADES = colormaps["Blues"]
+FAINT = PowerNorm(0.5, vmin=0, vmax=1)
+"""the square root of a share: a mistake of 1 % is still seen"""
+
+
+class Confused(NamedTuple):
+    """One kind of mistake: images of class `truth` that were answered `answer`."""
+
+    truth: str
+    answer: str
+    images: int
+    share: float
+    """of all images of class `truth`, 0 … 1"""
+
+
+def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores", "lr")) -> Drawing:
+    """Panels side by side over the epochs: `loss` (train and validation), `scores` (accuracies), `lr` (learning rate).
+
+    A panel for which the history holds nothing is left out. Raises `ValueError` if none is left.
+    """
+    unknown = [panel for panel in panels if panel not in PANELS]
+    if unknown:
+        raise ValueError(f"panels are {', '.join(PANELS)}; got {unknown[0]!r}")
+    present = [panel for panel in panels if recorded(history, panel)]
+    if not present:
+        raise ValueError(f"the history must hold figures for {', '.join(panels)}; got {len(history)} epochs without")
+    drawing = Drawing(3.7 * len(present), 2.8)
+    for axes, name in zip(drawing.subplots(1, len(present), squeeze=False).flat, present, strict=True):
+        PANELS[name].draw(axes, history)
+    return drawing
+
+
+def recorded(history: History, panel: str) -> bool:
+    """Whether the history holds a figure that `panel` (`loss`, `scores`, `lr`) shows."""
+    return any(name in row for row in history.rows for name in PANELS[panel].lines)
+
+
+def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Drawing:
+    """`confusion` (K, K) counts, rows are the truth. Colour is the share of a row; up to 30 classes every cell is
+    numbered (count and share), beyond that `most_confused` lists what matters."""
+    counts = _counts(confusion, classes)
+    shares = _shares(counts)
+    size = min(3.2 + 0.55 * len(classes), 13.0)
+    drawing = Drawing(size + (1.6 if len(classes) > READABLE else 0), size, "compressed")
+    axes = drawing.subplots()
+    dress(axes, x="answer", y="truth")
+    axes.grid(visible=False)
+    shown = axes.imshow(shares, cmap=SHADES, norm=FAINT, interpolation="nearest")
+    _name_cells(axes, classes)
+    if len(classes) <= READABLE:
+        _number_cells(axes, counts, shares)
+    else:
+        bar = drawing.colorbar(shown, ax=axes, shrink=0.6, format=PERCENT)
+        bar.ax.tick_params(labelsize=SMALL, colors=INK)
+        bar.set_label("share of the row", fontsize=SMALL, color=INK)
+    return drawing
+
+
+def most_confused(confusion: Tensor, classes: Sequence[str], n: int = 10) -> list[Confused]:
+    """The `n` most frequent mistakes, by images and then by share of the true class. `confusion` as above."""
+    counts = _counts(confusion, classes)
+    shares = _shares(counts)
+    pairs = [
+        Confused(classes[i], classes[j], int(counts[i, j]), float(shares[i, j]))
+        for i, j in zip(*np.nonzero(counts), strict=True)
+        if i != j
+    ]
+    return sorted(pairs, key=lambda pair: (-pair.images, -pair.share))[:n]
+
+
+def calibration_error(reliability: Tensor) -> float:
+    """Expected calibration error of a (bins, 3) table of count, mean confidence, accuracy: the mean distance between
+    the last two, weighted by count (Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3). 0 if empty."""
+    count, confidence, accuracy = _bins(reliability)
+    return float((count * np.abs(confidence - accuracy)).sum() / max(count.sum(), 1))
+
+
+def reliability_diagram(reliability: Tensor) -> Drawing:
+    """Accuracy over confidence, with the number of images at each confidence below.
+
+    `reliability` is (bins, 3): count, mean confidence, accuracy, in equal bins over [0, 1].
+    """
+    count, confidence, accuracy = _bins(reliability)
+    drawing = Drawing(4.4, 4.4)
+    upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    dress(upper, f"calibration error {calibration_error(reliability):.1%}", y="accuracy")
+    dress(lower, x="confidence", y="images")
+    left = np.arange(len(count)) / len(count)
+    filled = count > 0
+    box = {"width": 1 / len(count), "align": "edge", "edgecolor": BLUE, "linewidth": 0.8}
+    upper.bar(left[filled], accuracy[filled], color=(0, 0.45, 0.7, 0.25), **box)
+    upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1, label="confidence = accuracy")
+    upper.plot(confidence[filled], accuracy[filled], "o", color=ORANGE, markersize=4.5, label="images at a confidence")
+    upper.legend(fontsize=SMALL, frameon=False, labelcolor=INK, loc="upper left")
+    upper.set(xlim=(0, 1), ylim=(0, 1.02))
+    lower.bar(left, count, color=(0, 0.45, 0.7, 0.25), **box)
+    for axis in (upper.xaxis, upper.yaxis, lower.xaxis):
+        axis.set_major_formatter(PERCENT)
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return drawing
+
+
+def class_bars(classes: Sequence[str], precision: Tensor, recall: Tensor, f1: Tensor) -> Drawing:
+    """Precision, recall and F1 of every class, (K,) each. Above 30 classes only the 30 with the lowest F1."""
+    for given in (precision, recall, f1):
+        if given.shape != (len(classes),):
+            raise ValueError(
+                f"precision, recall and f1 must be ({len(classes)},), one number a class; got {tuple(given.shape)}"
+            )
+    scores = torch.stack([given.detach().cpu().double() for given in (precision, recall, f1)]).nan_to_num(0).numpy()
+    many = len(classes) > READABLE
+    order = np.argsort(scores[2], kind="stable")[:READABLE] if many else np.arange(len(classes))
+    drawing = Drawing(6.0, 0.9 + 0.5 * len(order))
+    axes = drawing.subplots()
+    dress(axes, f"the {READABLE} weakest of {len(classes)} classes" if many else "")
+    axes.grid(visible=False, axis="y")
+    for row, (name, colour) in enumerate({"precision": BLUE, "recall": ORANGE, "F1": GREEN}.items()):
+        places = np.arange(len(order)) + (row - 1) * 0.26
+        bars = axes.barh(places, scores[row, order], 0.24, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, color=INK, padding=2)
+    axes.set_yticks(range(len(order)), [_short(classes[i]) for i in order], parse_math=False)
+    axes.set(xlim=(0, 1.08), ylim=(len(order) - 0.5, -0.5))
+    axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.06))
+    return drawing
+
+
+class _Line(NamedTuple):
+    label: str
+    colour: str
+    style: str
+
+
+def _series(history: History, name: str) -> tuple[list[float], list[float]]:
+    rows = [(row.get("epoch", float(i)), row[name]) for i, row in enumerate(history.rows, 1) if name in row]
+    return [epoch for epoch, _ in rows], [value for _, value in rows]
+
+
+class _Panel(NamedTuple):
+    title: str
+    lines: dict[str, _Line]
+    finish: Callable[[Axes], None]
+
+    def draw(self, axes: Axes, history: History) -> None:
+        dress(axes, self.title, "epoch")
+        shown = [name for name in self.lines if any(name in row for row in history.rows)]
+        for name in shown:
+            label, colour, style = self.lines[name]
+            epochs, values = _series(history, name)
+            marker = "o" if len(values) < 25 else ""
+            axes.plot(epochs, values, style + marker, color=colour, label=label, linewidth=1.6, markersize=3)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        self.finish(axes)
+        if len(shown) > 1:
+            axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK)
+
+
+def _percents(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(PERCENT)
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+
+
+def _powers(axes: Axes) -> None:
+    _from_zero(axes)
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
+    )
+
+
+PANELS = {
+    "loss": _Panel(
+        "Loss",
+        {"train_loss": _Line("training", BLUE, "-"), "val_loss": _Line("validation", ORANGE, "--")},
+        _from_zero,
+    ),
+    "scores": _Panel(
+        "Accuracy",
+        {
+            "train_accuracy": _Line("training", BLUE, "-"),
+            "val_accuracy": _Line("validation", ORANGE, "--"),
+            "val_balanced_accuracy": _Line("validation, balanced", GREEN, "-."),
+        },
+        _percents,
+    ),
+    "lr": _Panel("Learning rate", {"lr": _Line("learning rate", BLUE, "-")}, _powers),
+}
+
+
+def _counts(confusion: Tensor, classes: Sequence[str]) -> np.ndarray:
+    if confusion.shape != (len(classes), len(classes)) or not len(classes):
+        raise ValueError(f"confusion must be (K, K) for the {len(classes)} classes; got shape {tuple(confusion.shape)}")
+    return confusion.detach().cpu().double().numpy()
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Each row divided by its sum; a class without images has zeros."""
+    return np.asarray(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+
+
+def _bins(reliability: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if reliability.ndim != 2 or reliability.shape[1] != 3 or not len(reliability):
+        raise ValueError(
+            f"reliability must be (bins, 3): count, mean confidence, accuracy; got {tuple(reliability.shape)}"
+        )
+    count, confidence, accuracy = reliability.detach().cpu().double().nan_to_num(0).T.numpy()
+    return count, confidence, accuracy
+
+
+def _short(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _name_cells(axes: Axes, classes: Sequence[str]) -> None:
+    """All names where there is room, small ones up to 120 classes, then every n-th class by number."""
+    if len(classes) > NAMED:
+        ticks = range(0, len(classes), -(-len(classes) // 20))
+        names, points = [str(i) for i in ticks], SMALL
+    else:
+        ticks = range(len(classes))
+        names, points = [_short(name) for name in classes], min(SMALL, 420 / len(classes))
+    axes.set_xticks(ticks, names, rotation=90 if len(classes) > 4 else 0, fontsize=points, parse_math=False)
+    axes.set_yticks(ticks, names, fontsize=points, parse_math=False)
+
+
+def _number_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
+    points = min(9.0, 170 / len(counts))
+    for (i, j), count in np.ndenumerate(counts):
+        if count:
+            dark = sum(SHADES(float(FAINT(shares[i, j])))[:3]) < 1.6
+            words = f"{count:,.0f}\n{shares[i, j]:.0%}"
+            axes.text(j, i, words, ha="center", va="center", fontsize=points, color="white" if dark else INK)

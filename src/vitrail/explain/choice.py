@@ -1,0 +1,78 @@
+"""Which layers, heads and queries a recording keeps: what the user asks, checked against each map as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vitrail.layers.attention import Layout
+
+Heads = Literal["mean"] | int | Sequence[int] | None
+Queries = Literal["class"] | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What to keep of one map: row and head numbers, None is all."""
+
+    layout: Layout | None
+    windows: int
+    heads: tuple[int, ...] | None
+    rows: tuple[int, ...] | None
+    mean: bool
+    count: int
+    """heads in a window"""
+
+    @property
+    def folded(self) -> list[int] | None:
+        """Head numbers as they stand with windows folded in."""
+        if self.heads is None:
+            return None
+        return [window * self.count + head for window in range(self.windows) for head in self.heads]
+
+    def fused(self, weights: Tensor) -> Tensor:
+        """(B, windows·H, Q, K), or (B, windows, Q, K) where the mean of the heads is wanted."""
+        return weights.unflatten(1, (self.windows, -1)).mean(2) if self.mean else weights
+
+
+class Choice:
+    """Which layers, heads and queries the user asked for."""
+
+    def __init__(self, layers: Sequence[int] | None, heads: Heads, queries: Queries) -> None:
+        self.layers = None if layers is None else tuple(layers)
+        self.heads = (heads,) if isinstance(heads, int) else heads if isinstance(heads, str | None) else tuple(heads)
+        self.queries = queries if isinstance(queries, str | None) else tuple(queries)
+        if self.layers is not None and (not self.layers or min(self.layers) < 1):
+            raise ValueError(f"layers must be numbers from 1, or None for all; got {list(self.layers)}")
+        if self.heads == () or (isinstance(self.heads, str) and self.heads != "mean"):
+            raise ValueError(f"heads must be mean, head numbers from 0, or None for all; got {heads!r}")
+        if self.queries == () or (isinstance(self.queries, str) and self.queries != "class"):
+            raise ValueError(f"queries must be class, row numbers from 0, or None for all; got {queries!r}")
+
+    def layer(self, number: int) -> bool:
+        return self.layers is None or number in self.layers
+
+    def part(self, layer: int, layout: Layout | None, windows: int, heads: int, rows: int) -> Part:
+        """For a map of `heads` heads (in each of `windows`) and `rows` queries. Raises `ValueError` beyond them."""
+        numbers = None if isinstance(self.heads, str) else _in_range("heads", self.heads, heads, layer)
+        return Part(layout, windows, numbers, self._rows(layout, rows, layer), self.heads == "mean", heads)
+
+    def _rows(self, layout: Layout | None, count: int, layer: int) -> tuple[int, ...] | None:
+        if not isinstance(self.queries, str):
+            return _in_range("queries", self.queries, count, layer)
+        if layout is None or layout.prefix == 0:
+            raise ValueError(
+                f"queries='class' needs a class token in row 0, and layer {layer} has none that is known: give row "
+                "numbers or None, or, for a foreign model, grid=(h, w) and prefix="
+            )
+        return (0,)
+
+
+def _in_range(what: str, wanted: tuple[int, ...] | None, count: int, layer: int) -> tuple[int, ...] | None:
+    wrong = [n for n in wanted or () if not 0 <= n < count]
+    if wrong:
+        raise ValueError(f"{what} must lie in 0 … {count - 1} at layer {layer}; got {wrong}")
+    return wanted

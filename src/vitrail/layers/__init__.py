@@ -1,0 +1,1 @@
+"""PIECES: modules and functions without names, configs or files. Read `attention`, `embed`, `blocks`, `tokens`."""

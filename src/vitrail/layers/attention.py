@@ -1,0 +1,173 @@
+"""Scaled dot-product attention: one function that every model calls, and the module around it.
+
+    softmax(q kᵀ · scale + bias) v                   Vaswani et al. 2017, "Attention Is All You Need", eq. 1
+
+`attend` is the one place that chooses a kernel, and the one place that can be watched: it announces itself to
+`torch.overrides`, so that a recorder sees q, k and v without a hook in any model. `Layout` tells the watcher
+which image cell each query and key stands for.
+
+Legend: `B` batch, `H` heads, `Q` queries, `N` keys, `D` head width, `C` model width; windows are folded into heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+Kernel = Literal["auto", "fused", "eager"]
+EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which image cell each row of an attention matrix stands for.
+
+    Rows are `prefix` tokens that are no image cell (class token, registers), then image tokens. An index maps each
+    image token to a cell of `grid` in raster order, -1 for padding; its shape is (N,), (B, N), or (windows, N).
+    None means all cells in raster order.
+    """
+
+    grid: tuple[int, int]
+    prefix: int = 0
+    windows: int = 1
+    """heads are folded as (windows * heads)"""
+    query_index: Tensor | None = None
+    key_index: Tensor | None = None
+
+
+class Mix(NamedTuple):
+    """Talking heads (Shazeer et al. 2020): heads are mixed before and after the softmax.
+
+    A bias before the softmax is left out: it adds one number to a whole row, which the softmax removes.
+    """
+
+    before: Tensor
+    """(H, H), rows are outputs"""
+    after: Tensor
+    """(H, H)"""
+    after_bias: Tensor | None = None
+    """(H,)"""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    mix: Mix | None = None,
+    layout: Layout | None = None,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """Attention of `q` (B, H, Q, D) over `k`, `v` (B, H, N, D) -> (B, H, Q, D).
+
+    `bias` is added to the scores and broadcasts to (B, H, Q, N): -inf hides a key. `scale` defaults to D^-0.5;
+    `dropout` is the probability of dropping a weight, to be given as 0 outside training; `causal` hides keys after
+    the query. `layout` changes nothing here: it is for whoever records. Overridable through `torch.overrides`.
+    """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(
+            attend, (q, k, v), q, k, v,
+            bias=bias, scale=scale, dropout=dropout, causal=causal, mix=mix, layout=layout, kernel=kernel,
+        )  # fmt: skip
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias is added to the scores and must be floating, -inf at hidden keys; got {bias.dtype}")
+    if mix is None and _fused(kernel, k):
+        if causal and bias is not None:  # SDPA takes one or the other
+            bias, causal = bias + causal_bias(q, k), False
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
+    weights = attention_weights(q, k, bias=bias, scale=scale, causal=causal, mix=mix)
+    return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    mix: Mix | None = None,
+) -> Tensor:
+    """The matrix that weighs the values, (B, H, Q, N). Rows sum to 1 unless `mix` is given."""
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    scores = scores if mix is None else mix_heads(scores, mix.before)
+    scores = scores if bias is None else scores + bias
+    scores = scores + causal_bias(q, k) if causal else scores
+    weights = scores.softmax(dim=-1)
+    return weights if mix is None else mix_heads(weights, mix.after, mix.after_bias)
+
+
+def mix_heads(maps: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, H, Q, N) -> (B, H, Q, N): every output head is a weighted sum of all heads, as one matmul."""
+    mixed = (matrix @ maps.flatten(2)).view_as(maps)  # (H, H) @ (B, H, Q·N)
+    return mixed if bias is None else mixed + bias[:, None, None]
+
+
+def causal_bias(q: Tensor, k: Tensor) -> Tensor:
+    """(Q, N): 0 where a key stands no later than the query, -inf elsewhere."""
+    return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+
+
+def _fused(kernel: Kernel, k: Tensor) -> bool:
+    if kernel != "auto":
+        return kernel == "fused"
+    slow_sdpa = k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[-2] <= EAGER_TOKENS
+    return torch.compiler.is_compiling() or not slow_sdpa
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, C) -> (B, N, C).
+
+    `qk_norm` makes a norm layer of a width, for queries and for keys (Dehghani et al. 2023, "Scaling ViT to 22 billion
+    parameters", section 2). Raises `ValueError` if `dim` does not divide into `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            width = num_heads * max(1, round(dim / num_heads))
+            raise ValueError(
+                f"embed_dim {dim} is not divisible by num_heads {num_heads}: "
+                f"use {_nearest_divisor(dim, num_heads)} heads or a width of {width}"
+            )
+        if attn not in ("auto", "fused", "eager"):
+            raise ValueError(f"attn must be auto, fused or eager; got {attn!r}")
+        self.num_heads, self.attn, self.attn_drop = num_heads, attn, attn_drop
+        head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        dropout = self.attn_drop if self.training else 0.0
+        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N, C)
+
+
+def _nearest_divisor(dim: int, heads: int) -> int:
+    return min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads))

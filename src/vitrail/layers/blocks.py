@@ -1,0 +1,135 @@
+"""The pre-norm transformer block and its leaves.
+
+    x = x + drop_path(ls1(attention(norm1(x))))
+    x = x + drop_path(ls2(mlp(norm2(x))))                 Dosovitskiy et al. 2021, eq. 2 and 3
+
+Legend: `B` batch, `N` tokens, `C` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import has_torch_function
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.layers.attention import Attention, Kernel, Layout
+from vitrail.names import check_choice
+
+Norm = Callable[[int], nn.Module]
+NORMS: dict[str, Norm] = {
+    "layernorm": partial(nn.LayerNorm, eps=1e-6),
+    "rmsnorm": partial(nn.RMSNorm, eps=1e-6),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between, applied to every token: (…, C) -> (…, C)."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int | None = None, *, act: str = "gelu", drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_choice("act", act, ACTIVATIONS)
+        hidden = in_features if hidden_features is None else hidden_features
+        self.fc1 = nn.Linear(in_features, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, a sample's branch is left out with probability `drop_prob`.
+
+    The branches kept are divided by 1 - drop_prob, so that the expectation stays. Any shape (B, …).
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1); got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        kept = 1 - self.drop_prob
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(kept).div_(kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (Touvron et al. 2021, CaiT, eq. 4)."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: (B, N, C) -> (B, N, C). `init_values` turns LayerScale on."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm: str = "layernorm",
+        act: str = "gelu",
+        attn: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, NORMS)
+        make_norm = NORMS[norm]
+        self.norm1 = make_norm(dim)
+        self.attn = Attention(
+            dim, num_heads, qkv_bias=qkv_bias, qk_norm=make_norm if qk_norm else None,
+            attn_drop=attn_drop, proj_drop=proj_drop, attn=attn,
+        )  # fmt: skip
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = make_norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias=bias, layout=layout)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def run_block(
+    block: nn.Module, x: Tensor, *, checkpointing: bool, bias: Tensor | None = None, layout: Layout | None = None
+) -> Tensor:
+    """Runs one block; with `checkpointing`, its activations are computed again in the backward pass (Chen et al. 2016).
+
+    Under a torch function mode it is run plainly: whoever listens must see the very tensors of the graph.
+    """
+    if checkpointing and torch.is_grad_enabled() and not has_torch_function((x,)):
+        return checkpoint(block, x, bias=bias, layout=layout, use_reentrant=False)
+    return block(x, bias=bias, layout=layout)

@@ -1,0 +1,133 @@
+"""From pixels to tokens, and where the tokens stand.
+
+    image (B, C_in, H, W) -> PatchEmbed -> (B, h·w, C)          h = H / patch, w = W / patch
+    positions: learned (a parameter of the model) or `sincos_2d`; `resize_positions` carries either to another grid
+
+Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` token grid, `N` = h·w, `P` prefix tokens, `C` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.names import check_choice
+
+Size = int | tuple[int, int]
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """7 -> (7, 7); (3, 5) -> (3, 5)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each (Dosovitskiy et al. 2021, eq. 1): (B, C_in, H, W) -> (B, N, C).
+
+    `kind` "conv" is a convolution whose stride is its kernel; "linear" cuts first and multiplies after: the same
+    function with the same number of parameters. Any image size that divides into patches is taken at run time;
+    `dynamic_pad` pads the right and lower edge with zeros where it does not. Raises `ValueError` otherwise.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        *,
+        kind: str = "conv",
+        dynamic_pad: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("kind", kind, PROJECTIONS)
+        self.patch_size, self.in_chans, self.dynamic_pad = pair(patch_size), in_chans, dynamic_pad
+        self.grid_size = self.grid(*pair(img_size))
+        self.proj = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for an image of this size. Raises `ValueError` where it does not divide."""
+        for size, patch in zip((height, width), self.patch_size, strict=True):
+            if size % patch and not self.dynamic_pad:
+                lower, upper = max(patch, size // patch * patch), (size // patch + 1) * patch
+                mend = f"{lower} or {upper}" if lower < size else f"{upper}"
+                raise ValueError(
+                    f"img_size {size} is not divisible by patch_size {patch}: use {mend}, or dynamic_pad=True"
+                )
+        return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W); got shape {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        rows, columns = self.grid(height, width)
+        below, right = rows * self.patch_size[0] - height, columns * self.patch_size[1] - width
+        images = F.pad(images, (0, right, 0, below)) if below or right else images
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, N, C)
+
+    def padding(self, mask: Tensor) -> Tensor:
+        """Padded pixels (B, H, W) bool -> (B, N) bool: true where a patch holds nothing but padding."""
+        rows, columns = self.grid(mask.shape[-2], mask.shape[-1])
+        below, right = rows * self.patch_size[0] - mask.shape[-2], columns * self.patch_size[1] - mask.shape[-1]
+        seen = F.pad(~mask.bool(), (0, right, 0, below)).float()
+        return F.max_pool2d(seen[:, None], self.patch_size).flatten(1) == 0
+
+
+class PatchLinear(nn.Linear):
+    """Patches cut out and multiplied by one matrix: (B, C_in, H, W) -> (B, C, h, w)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
+        super().__init__(in_chans * patch_size[0] * patch_size[1], embed_dim)
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        (p, q), rows = self.patch_size, images.shape[-2] // self.patch_size[0]
+        cut = F.unfold(images, (p, q), stride=(p, q)).transpose(1, 2)  # (B, N, C_in·p·q)
+        return super().forward(cut).transpose(1, 2).unflatten(2, (rows, -1))
+
+
+def _patch_conv(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+
+PROJECTIONS: dict[str, Callable[[int, int, tuple[int, int]], nn.Conv2d | PatchLinear]] = {
+    "conv": _patch_conv,
+    "linear": PatchLinear,
+}
+
+
+def sincos_2d(grid: tuple[int, int], dim: int, temperature: float = 10000.0) -> Tensor:
+    """Fixed positions (1, N, C): half of the width for columns, half for rows, sines before cosines.
+
+    Source: He et al. 2022 (MAE), section 3 and appendix A.1, after Vaswani et al. 2017, section 3.5; MAE's channel
+    order. Raises `ValueError` unless `dim` is divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need embed_dim divisible by 4; got {dim}: use {dim // 4 * 4 + 4}")
+    rate = temperature ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    parts = [angle for place in (columns, rows) for angle in _waves(place.flatten()[:, None] * rate)]
+    return torch.cat(parts, dim=1)[None].float()
+
+
+def _waves(angle: Tensor) -> tuple[Tensor, Tensor]:
+    return angle.sin(), angle.cos()
+
+
+def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
+    """Positions (1, P + N, C) of grid `old` at grid `new`; prefix rows stay. The same grid returns `pos` itself.
+
+    Bicubic with antialiasing (Dosovitskiy et al. 2021, section 3.2, interpolate; this filter is timm's).
+    """
+    if old == new:
+        return pos
+    image = pos[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, C, h, w)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return torch.cat([pos[:, :prefix], image.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)

@@ -1,0 +1,214 @@
+"""The contract that every network here keeps, so that tasks, explanations and exports need to know no family.
+
+    images (B, C, H, W) ── forward_features ──> the family's own ── forward_head ──> logits (B, K)
+           │                                                     └─ pre_logits=True ─> (B, num_features)
+           ├── features(indices) ──> Features: maps (B, C_i, h_i, w_i) in image order, and prefix tokens
+           └── embed ──> Tokens ── encode(keep) ──> (B, P + N, C)             isotropic families only
+
+Legend: `B` batch, `C` channels or width, `H`, `W` pixels, `h`, `w` token grid, `N` tokens, `P` prefix tokens,
+`K` classes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
+
+from torch import Tensor, nn
+
+from vitrail import folder
+from vitrail.names import KERNELS, MODEL_SPELLINGS, POOLINGS, normalise_kwargs
+from vitrail.records import ModelCard, Preprocess
+
+T = TypeVar("T")
+
+
+class Features(NamedTuple):
+    """Intermediate features, shallow to deep. The stride of a map is `H / h`."""
+
+    maps: list[Tensor]
+    """each (B, C_i, h_i, w_i), in image order whatever order the network works in"""
+    prefix: list[Tensor]
+    """parallel to `maps`: each (B, P_i, C_i) class, distillation or register tokens; P_i may be 0"""
+
+
+class Tokens(NamedTuple):
+    """An image as a sequence, before the first block. Rows: `prefix` tokens, then the grid in raster order."""
+
+    x: Tensor
+    """(B, P + N, C), positions not yet added"""
+    pos: Tensor | None
+    """(1 or B, P + N, C) what `encode` adds, zero for rows without a position; rotary families hold their table here"""
+    grid: tuple[int, int]
+    """h, w with N = h * w"""
+    prefix: int
+    """P"""
+    padding: Tensor | None = None
+    """(B, N) true where a patch holds nothing but padded pixels; None where no pixel is padded"""
+
+
+class FeatureInfo(NamedTuple):
+    """What one entry of `features()` looks like."""
+
+    num_chs: int
+    reduction: float
+    """pixels per cell at the configured size"""
+    module: str
+    """the submodule whose output it is"""
+
+
+class Backbone(nn.Module, ABC):
+    """A network that turns images into logits, features and, for isotropic families, tokens."""
+
+    family: ClassVar[str]
+    """the family's name in the registry"""
+    config: Any
+    """the frozen config it was built from, kept true by `reset_classifier`"""
+    num_features: int
+    """width of what the head takes"""
+    feature_info: list[FeatureInfo]
+    preprocess: Preprocess
+    """how images must be prepared for the present weights"""
+    classes: tuple[str, ...] = ()
+    """names of the logits, empty where unknown"""
+    variant: str = ""
+    """the registry row it was built from, or empty"""
+    images: str = ""
+    """one line: what images the present weights are for"""
+
+    @abstractmethod
+    def forward_features(self, images: Tensor) -> Any:
+        """images (B, C, H, W) -> what this family's `forward_head` takes; nobody else looks inside."""
+
+    @abstractmethod
+    def forward_heads(self, x: Any) -> tuple[Tensor, ...]:
+        """The output of `forward_features` -> the logits (B, K) of each head, for losses that tell heads apart."""
+
+    @abstractmethod
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+        """The output of `forward_features` -> logits (B, K), or (B, num_features) with `pre_logits`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> logits (B, K), the same in training and evaluation."""
+        return self.forward_head(self.forward_features(images))
+
+    @abstractmethod
+    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
+        """The features after the blocks or stages named by `indices` (from 0, negative from the end).
+
+        An int means the last so many, None means all. `norm` applies the final norm where the family has one.
+        """
+
+    @abstractmethod
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, freshly initialised head for `num_classes` classes; 0 leaves none. Empties `classes`."""
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Fills every parameter and every derived buffer, so that meta -> `to_empty` -> `init_weights` is sound."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, beside all biases and norms, that weight decay must leave alone."""
+
+    @abstractmethod
+    def layer_groups(self) -> list[list[str]]:
+        """Parameter names from input to head, a list a depth, each in one: for layer-wise decay and freezing."""
+
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory: blocks are run again in the backward pass."""
+
+    def feature_indices(self, indices: Sequence[int] | int | None) -> list[int]:
+        """Which entries of `feature_info` the argument of `features` names, from 0.
+
+        Raises `ValueError` naming the range if one is outside it.
+        """
+        depth = len(self.feature_info)
+        if isinstance(indices, int) and not 1 <= indices <= depth:
+            raise ValueError(f"indices as one number asks for the last so many features, 1 … {depth}; got {indices}")
+        if indices is None or isinstance(indices, int):
+            indices = range(depth)[-(indices or depth) :]
+        wrong = [i for i in indices if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(f"indices must lie in -{depth} … {depth - 1}: {depth} features are there; got {wrong}")
+        return [i % depth for i in indices]
+
+    def card(self, **training: Any) -> ModelCard:
+        """What a model folder says of this model; `training` is recorded beside it."""
+        return ModelCard(
+            family=self.family, config=asdict(self.config), name=self.variant, classes=self.classes,
+            preprocess=self.preprocess, images=self.images, training=training, version=version("vitrail"),
+        )  # fmt: skip
+
+    def save_pretrained(self, path: str | Path, **training: Any) -> Path:
+        """Writes `model.safetensors`, `config.json` and a sha256 manifest, all or nothing. Returns the folder."""
+        return folder.write_folder(Path(path), self.state_dict(), self.card(**training))
+
+
+def choose(kind: type[T], config: T | None, given: Mapping[str, Any]) -> T:
+    """A constructor's config: the one given, or one made of the fields given. Raises `TypeError` for both."""
+    if config is not None and given:
+        raise TypeError(f"give a {kind.__name__} or its fields, not both; got also {', '.join(given)}")
+    return kind(**given) if config is None else config
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def family_config(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that also takes other libraries' spellings of its fields (`vitrail.names`)."""
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    plain_init = made.__init__
+
+    @wraps(plain_init)
+    def init(self: T, **given: Any) -> None:
+        plain_init(self, **spelled(cls, given))
+
+    made.__init__ = init  # type: ignore[method-assign, assignment]
+    return made
+
+
+def spelled(config: type, given: Mapping[str, Any], base: Any = None) -> dict[str, Any]:
+    """`given` in the field names of a family's config. Raises `TypeError` for a name it cannot place.
+
+    What is not given stands in `base`, a config, or in the defaults: a hidden width becomes a ratio by them.
+    """
+    values = {f.name: getattr(base, f.name, f.default) for f in fields(config)}
+    ours = normalise_kwargs(_derived(given, values), values, MODEL_SPELLINGS, config.__name__)
+    if "global_pool" in ours:
+        ours["global_pool"] = POOLINGS.get(ours["global_pool"], ours["global_pool"])
+    return ours
+
+
+def _derived(given: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`given` with words that are another field's value in other units: hidden widths and kernel switches."""
+    given = dict(given)
+    kernel = _only(given, "flash_attention", "attn_implementation", "attn")
+    if kernel == "flash_attention":
+        given["attn"] = "fused" if given.pop(kernel) else "eager"
+    elif kernel == "attn_implementation":
+        given["attn"] = KERNELS.get(said := given.pop(kernel), said)
+    hidden = _only(given, "mlp_dim", "intermediate_size", "mlp_ratio")
+    if hidden not in (None, "mlp_ratio"):
+        widths = [value for word, value in given.items() if MODEL_SPELLINGS.get(word, word) == "embed_dim"]
+        given["mlp_ratio"] = _ratio(given.pop(hidden), (widths or [values["embed_dim"]])[0])
+    return given
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """hidden / width, a rounding step more where int(width * ratio) would otherwise lose one."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _only(given: Mapping[str, Any], *words: str) -> str | None:
+    """Which of these words for the last of them is given. Raises `TypeError` for two."""
+    found = [word for word in words if word in given]
+    if len(found) > 1:
+        raise TypeError(f"one spelling of {words[-1]} is enough; got both {found[0]} and {found[1]}: drop one")
+    return found[0] if found else None

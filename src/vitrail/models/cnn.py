@@ -1,0 +1,153 @@
+"""ResNet, the convolutional baseline that a transformer must beat: He et al. 2016, "Deep Residual Learning".
+
+    image (B, 3, H, W) -> stem -> 4 stages of residual blocks, each half the size and twice the width -> mean -> head
+
+Notable choices: the residual block is torchvision's, and so are the keys; the stem for small images is the usual 3 x 3
+convolution of stride 1 without max-pooling (He et al. 2016, section 4.2), so that 32 pixels end as 4 x 4.
+
+Legend: `B` batch, `C` channels, `H`, `W` pixels, `h`, `w` cells of a stage, `K` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.layers.embed import Size, pair
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, choose, family_config
+from vitrail.names import check_choice
+from vitrail.records import Preprocess
+
+
+@family_config
+class ResNetConfig:
+    """A ResNet of basic blocks. Defaults are ResNet-18 for ImageNet."""
+
+    img_size: Size = 224
+    """pixels, or (height, width); any other size works at run time"""
+    in_chans: int = 3
+    num_classes: int = 1000
+    """0 leaves the head out"""
+    embed_dim: int = 64
+    """channels of the first stage; each further stage has twice as many"""
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    """residual blocks per stage"""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """7 x 7 stride 2 and max-pooling, or 3 x 3 stride 1"""
+    drop_rate: float = 0.0
+    """dropout before the head"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "img_size", pair(self.img_size))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        check_choice("stem", self.stem, ("imagenet", "small"))
+
+
+VARIANTS: dict[str, ResNetConfig] = {
+    "resnet_debug": ResNetConfig(img_size=32, embed_dim=8, stem="small", num_classes=10),
+    "resnet18_224": ResNetConfig(),
+    "resnet18_32": ResNetConfig(img_size=32, stem="small", num_classes=10),
+}
+
+
+class ResNet(Backbone):
+    """A residual network of basic blocks; see the module's docstring for its shapes. Takes a config or its fields."""
+
+    family = "resnet"
+
+    def __init__(self, config: ResNetConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        self.config = c = choose(ResNetConfig, config, fields)
+        self.preprocess = Preprocess(img_size=pair(c.img_size)) if c.in_chans == 3 else _grey(c)
+        kernel, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(c.in_chans, c.embed_dim, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(c.embed_dim)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if c.stem == "imagenet" else nn.Identity()
+        widths = [c.embed_dim * 2**i for i in range(len(c.depths))]
+        inputs = [c.embed_dim, *widths[:-1]]
+        self.stages = [f"layer{i + 1}" for i in range(len(c.depths))]
+        for i, name in enumerate(self.stages):
+            self.add_module(name, _stage(inputs[i], widths[i], c.depths[i], stride=1 if i == 0 else 2))
+        first = 4 if c.stem == "imagenet" else 1
+        self.feature_info = [FeatureInfo(w, first * 2**i, self.stages[i]) for i, w in enumerate(widths)]
+        self.num_features, self.grad_checkpointing = widths[-1], False
+        self.head_drop = nn.Dropout(c.drop_rate)
+        self.fc = nn.Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
+        self.init_weights()
+
+    def _through(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        states = []
+        for name in self.stages:
+            stage = self.get_submodule(name)
+            saving = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(stage, x, use_reentrant=False) if saving else stage(x)
+            states.append(x)
+        return states
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> the last stage's map (B, num_features, h, w)."""
+        return self._through(images)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_features, h, w) -> logits (B, K), or (B, num_features) with `pre_logits`."""
+        x = self.head_drop(x.mean(dim=(2, 3)))
+        return x if pre_logits else self.fc(x)
+
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A ResNet has one head."""
+        return (self.forward_head(x),)
+
+    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
+        """The maps after the stages named by `indices`; a ResNet has no final norm and no prefix tokens."""
+        wanted = self.feature_indices(indices)
+        states = self._through(images)
+        return Features([states[i] for i in wanted], [states[i].new_zeros(len(images), 0, states[i].shape[1]) for i in wanted])
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head for `num_classes` classes (0: none); `classes` is emptied."""
+        self.config, self.classes = replace(self.config, num_classes=num_classes), ()
+        self.fc = nn.Linear(self.num_features, num_classes, device=self.conv1.weight.device) if num_classes else nn.Identity()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Convolutions: normal, std sqrt(2 / fan out) (He et al. 2015); norms 1 and 0; the head as PyTorch's Linear."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.Linear):
+                module.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def layer_groups(self) -> list[list[str]]:
+        """Stem, each stage, head."""
+        depth = {"conv1": 0, "bn1": 0, **{name: i + 1 for i, name in enumerate(self.stages)}}
+        groups: list[list[str]] = [[] for _ in range(len(self.stages) + 2)]
+        for name, _ in self.named_parameters():
+            groups[depth.get(name.partition(".")[0], -1)].append(name)
+        return groups if groups[-1] else groups[:-1]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+
+def _stage(inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    from torchvision.models.resnet import BasicBlock
+
+    change = None
+    if stride != 1 or inputs != width:
+        change = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    rest = [BasicBlock(width, width) for _ in range(depth - 1)]
+    return nn.Sequential(BasicBlock(inputs, width, stride, change), *rest)
+
+
+def _grey(c: ResNetConfig) -> Preprocess:
+    return Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)

@@ -1,0 +1,107 @@
+"""Every model by its name. A family is one line here and one table of rows in its own file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+
+from vitrail.layers.embed import pair
+from vitrail.models import cnn, vit
+from vitrail.models.backbone import Backbone, spelled
+from vitrail.names import MODEL_SPELLINGS, nearest
+
+
+class Family(NamedTuple):
+    """A network class, its config class, and its published rows; the first row is the family's debug model."""
+
+    model: type[Backbone]
+    config: type
+    variants: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
+    "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
+}
+ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
+"""row -> family"""
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all rows that match a shell pattern such as `vit_*_384`, in the order of their tables."""
+    return [row for row in ROWS if fnmatch(row, pattern)]
+
+
+def build_model(name: str, **overrides: Any) -> Backbone:
+    """A freshly initialised model: a row's name or its short name, with config fields overridden.
+
+    Other libraries' spellings of the fields are taken. Raises `ValueError` for an unknown name, `TypeError` for an
+    unknown field, each naming the nearest.
+    """
+    sizes = [value for word, value in overrides.items() if MODEL_SPELLINGS.get(word, word) == "img_size"]
+    row = resolve_name(name, min(pair(sizes[0])) if sizes else 224)
+    family = FAMILIES[ROWS[row]]
+    base = family.variants[row]
+    model = family.model(replace(base, **spelled(family.config, overrides, base)))
+    model.variant = row
+    return model
+
+
+def build_from_config(family: str, config: Mapping[str, Any], variant: str = "") -> Backbone:
+    """The network that a model folder's card describes, freshly initialised."""
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    kind = FAMILIES[family]
+    known = {f.name for f in fields(kind.config)}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f"the config of {family!r} has no field {', '.join(map(repr, unknown))}")
+    model = kind.model(kind.config(**config))
+    model.variant = variant
+    return model
+
+
+def resolve_name(name: str, img_size: int = 224) -> str:
+    """The row that `name` means for images of this many pixels: `vit_base` is `vit_base_patch4_32` at 32 pixels.
+
+    A full name is itself. A short name takes the row whose native size is nearest by ratio, the first of equals.
+    """
+    if name in ROWS:
+        return name
+    short = {row: re.sub(r"(_patch\d+)?_\d+$", "", row) for row in ROWS}
+    rows = [row for row in ROWS if short[row] == name]
+    if not rows:
+        raise ValueError(
+            f"there is no model {name!r}; the nearest are {', '.join(nearest(name, {*short.values(), *ROWS}))}"
+        )
+    return min(rows, key=lambda row: abs(math.log(_native_size(row) / img_size)))
+
+
+def _native_size(row: str) -> int:
+    return int(row.rpartition("_")[2])
+
+
+class ModelRow(NamedTuple):
+    """One line of a table of models."""
+
+    name: str
+    parameters: int
+    img_size: tuple[int, int]
+    num_classes: int
+
+
+def model_table(pattern: str = "*") -> list[ModelRow]:
+    """The matching rows with their exact parameter counts, built without memory for weights."""
+    table = []
+    for name in list_models(pattern):
+        with torch.device("meta"):
+            model = build_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        table.append(ModelRow(name, count, model.preprocess.img_size, model.config.num_classes))
+    return table

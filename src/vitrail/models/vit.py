@@ -1,0 +1,359 @@
+"""Vision Transformer: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv 2010.11929.
+
+    image (B, C_in, H, W)
+      patches, each projected                 (B, N, C)         eq. 1
+      [class, registers, patches] + positions (B, P + N, C)
+      depth × Block                           (B, P + N, C)     eq. 2, 3
+      norm, pool, head                        (B, K)            eq. 4
+
+Notable choices: names and keys are timm's; positions are added in `encode`, after `keep` could choose among them;
+mean pooling leaves the prefix out and norms after pooling (`fc_norm`), as timm does; any image size is taken at run
+time, its positions resized from the learned grid.
+
+Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `P` prefix tokens (class, registers), `N` image tokens, `C` width,
+`K` classes, `h`, `w` token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.layers.attention import Kernel, Layout
+from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, run_block
+from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_positions, sincos_2d
+from vitrail.layers.tokens import AttentionPool, keep_tokens, mean_tokens, padding_bias
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, choose, family_config
+from vitrail.names import check_choice
+from vitrail.records import Preprocess
+
+PAIRS = ("img_size", "patch_size")
+LEAST = {**dict.fromkeys((*PAIRS, "embed_dim", "depth", "num_heads", "in_chans"), 1), "num_classes": 0, "reg_tokens": 0}
+RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
+@family_config
+class ViTConfig:
+    """Every knob of a Vision Transformer. Defaults are ViT-B/16 at 224 pixels."""
+
+    img_size: Size = 224
+    """pixels, or (height, width); other sizes work at run time"""
+    patch_size: Size = 16
+    """pixels, or (height, width)"""
+    in_chans: int = 3
+    num_classes: int = 1000
+    """0 leaves the head out"""
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """norm queries and keys per head"""
+    init_values: float | None = None
+    """LayerScale's first value; None leaves LayerScale out"""
+    class_token: bool = True
+    reg_tokens: int = 0
+    """registers (Darcet et al. 2024)"""
+    no_embed_class: bool = False
+    """class and register tokens get no position"""
+    pos_embed: Literal["learn", "sincos", "none"] = "learn"
+    embed: Literal["conv", "linear"] = "conv"
+    """how patches are projected"""
+    global_pool: Literal["token", "avg", "map"] = "token"
+    """class token, mean of image tokens, or attention pooling"""
+    fc_norm: bool | None = None
+    """norm after pooling, not before; None: only for mean pooling"""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    act: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    drop_rate: float = 0.0
+    """dropout before the head"""
+    pos_drop_rate: float = 0.0
+    """dropout after positions are added"""
+    proj_drop_rate: float = 0.0
+    """dropout after every projection in a block"""
+    attn_drop_rate: float = 0.0
+    """dropout of attention weights"""
+    drop_path_rate: float = 0.0
+    """stochastic depth of the last block; grows linearly from 0"""
+    dynamic_pad: bool = False
+    """pad images that do not divide into patches"""
+    attn: Kernel = "auto"
+    """attention kernel: auto, fused (SDPA), eager (matmul and softmax)"""
+
+    def __post_init__(self) -> None:
+        for name in PAIRS:
+            object.__setattr__(self, name, pair(getattr(self, name)))
+        words = {"pos_embed": ("learn", "sincos", "none"), "global_pool": ("token", "avg", "map")}
+        tables = {"embed": tuple(PROJECTIONS), "norm": tuple(NORMS), "act": tuple(ACTIVATIONS)}
+        for name, allowed in (words | tables).items():
+            check_choice(name, getattr(self, name), allowed)
+        for name, least in LEAST.items():
+            if min(getattr(self, name) if name in PAIRS else (getattr(self, name),)) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in RATES:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")
+
+
+def _row(
+    img_size: int, patch: int, dim: int, depth: int, heads: int, ratio: float = 4.0, classes: int = 1000
+) -> ViTConfig:
+    return ViTConfig(
+        img_size=img_size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio,
+        num_classes=classes,
+    )  # fmt: skip
+
+
+# fmt: off
+VARIANTS: dict[str, ViTConfig] = {
+    #                                    img  patch  width depth heads
+    "vit_debug":                    _row( 32,     8,   48,    3,    3, classes=10),
+    "vit_tiny_patch16_224":         _row(224,    16,  192,   12,    3),
+    "vit_tiny_patch16_384":         _row(384,    16,  192,   12,    3),
+    "vit_small_patch16_224":        _row(224,    16,  384,   12,    6),
+    "vit_small_patch32_224":        _row(224,    32,  384,   12,    6),
+    "vit_small_patch16_384":        _row(384,    16,  384,   12,    6),
+    "vit_small_patch32_384":        _row(384,    32,  384,   12,    6),
+    "vit_small_depth6_patch16_224": _row(224,    16,  384,    6,    6),
+    "vit_base_patch16_224":         _row(224,    16,  768,   12,   12),
+    "vit_base_patch32_224":         _row(224,    32,  768,   12,   12),
+    "vit_base_patch16_384":         _row(384,    16,  768,   12,   12),
+    "vit_base_patch32_384":         _row(384,    32,  768,   12,   12),
+    "vit_large_patch16_224":        _row(224,    16, 1024,   24,   16),
+    "vit_large_patch32_224":        _row(224,    32, 1024,   24,   16),
+    "vit_large_patch16_384":        _row(384,    16, 1024,   24,   16),
+    "vit_large_patch32_384":        _row(384,    32, 1024,   24,   16),
+    "vit_huge_patch14_224":         _row(224,    14, 1280,   32,   16),
+    # small images
+    "vit_tiny_patch4_32":           _row( 32,     4,  192,    6,    3, classes=10),
+    "vit_tiny_mlp1_patch4_32":      _row( 32,     4,  192,    6,    3, ratio=1.0, classes=10),
+    "vit_small_patch4_32":          _row( 32,     4,  256,    7,    4, classes=10),
+    "vit_base_patch4_32":           _row( 32,     4,  512,    8,    8, classes=10),
+    "vit_nano_patch8_64":           _row( 64,     8,  128,    6,    4, classes=10),
+}
+# fmt: on
+
+
+class VisionTransformer(Backbone):
+    """A plain, isotropic Vision Transformer; see the module's docstring for its shapes.
+
+    Takes a `ViTConfig` or its fields. Raises `ValueError` where sizes do not divide, `TypeError` for unknown fields.
+    """
+
+    family = "vit"
+
+    def __init__(self, config: ViTConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        self.config = c = choose(ViTConfig, config, fields)
+        self.num_features, self.num_prefix_tokens = c.embed_dim, int(c.class_token) + c.reg_tokens
+        self.preprocess = Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)
+        self.patch_embed = PatchEmbed(
+            c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
+        self._make_positions()
+        self.pos_drop = nn.Dropout(c.pos_drop_rate)
+        rates = torch.linspace(0, c.drop_path_rate, c.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(_block(c, rate) for rate in rates)
+        self._make_head()
+        self.grad_checkpointing = False
+        stride = pair(c.patch_size)[0]
+        self.feature_info = [FeatureInfo(c.embed_dim, stride, f"blocks.{i}") for i in range(c.depth)]
+        self.init_weights()
+
+    def _make_positions(self) -> None:
+        c = self.config
+        rows = self.patch_embed.num_patches + (0 if c.no_embed_class else self.num_prefix_tokens)
+        table = torch.empty(1, rows, c.embed_dim)
+        self.pos_embed: Tensor | None
+        if c.pos_embed == "sincos":
+            self.register_buffer("pos_embed", table, persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(table) if c.pos_embed == "learn" else None
+
+    def _make_head(self) -> None:
+        c, make_norm = self.config, NORMS[self.config.norm]
+        late = c.global_pool == "avg" if c.fc_norm is None else c.fc_norm
+        self.norm = nn.Identity() if late else make_norm(c.embed_dim)
+        self.attn_pool = (
+            AttentionPool(c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, norm=c.norm)
+            if c.global_pool == "map" else None
+        )  # fmt: skip
+        self.fc_norm = make_norm(c.embed_dim) if late else nn.Identity()
+        self.head_drop = nn.Dropout(c.drop_rate)
+        self.head = nn.Linear(c.embed_dim, c.num_classes) if c.num_classes else nn.Identity()
+
+    # ---- image -> tokens -> features -> logits
+
+    def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+        """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding."""
+        if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
+            raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
+        patches = self.patch_embed(images)
+        grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
+        prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        padding = None if mask is None else self.patch_embed.padding(mask)
+        return Tokens(torch.cat([*prefix, patches], dim=1), self.positions(grid), grid, self.num_prefix_tokens, padding)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """(1, P + N, C) for this grid, zero where a token has no position; None for a model without positions."""
+        if self.pos_embed is None:
+            return None
+        bare = self.config.no_embed_class
+        pos = resize_positions(self.pos_embed, self.patch_embed.grid_size, grid, 0 if bare else self.num_prefix_tokens)
+        return nn.functional.pad(pos, (0, 0, self.num_prefix_tokens, 0)) if bare else pos
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None) -> Tensor:
+        """All blocks and the norm: (B, P + N, C), or (B, P + K, C) for the image tokens named by `keep` (B, K)."""
+        return self.norm(self._through(tokens, keep)[0])
+
+    def _through(
+        self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The tokens after the last block, and those after each block named in `taps`."""
+        x = tokens.x if tokens.pos is None else tokens.x + tokens.pos
+        padding, seen = tokens.padding, {}
+        if keep is not None:
+            x = keep_tokens(x, keep, tokens.prefix)
+            padding = None if padding is None else padding.gather(1, keep)
+        x = self.pos_drop(x)
+        bias = None if padding is None else padding_bias(padding, tokens.prefix, x.dtype)
+        layout = Layout(tokens.grid, tokens.prefix, query_index=keep, key_index=keep)
+        for index, block in enumerate(self.blocks):
+            x = run_block(block, x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
+            if index in taps:
+                seen[index] = x
+        return x, seen
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images (B, C_in, H, W) -> (B, P + N, C), normed unless the norm comes after pooling."""
+        return self.encode(self.embed(images))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, padding: Tensor | None = None) -> Tensor:
+        """(B, P + N, C) -> logits (B, K), or (B, C) with `pre_logits`. `padding` (B, N) marks tokens not to pool."""
+        x = self.head_drop(self.fc_norm(self._pool(x, padding)))
+        return x if pre_logits else self.head(x)
+
+    def _pool(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        if self.config.global_pool == "token":
+            return x[:, 0]
+        x = x[:, self.num_prefix_tokens :]
+        if self.attn_pool is None:
+            return mean_tokens(x, padding)
+        return self.attn_pool(x, None if padding is None else padding_bias(padding, 0, x.dtype))
+
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A plain ViT has one head: the logits (B, K) of what `forward_features` returned."""
+        return (self.forward_head(x),)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images (B, C_in, H, W) -> logits (B, K); pixels marked in `mask` (B, H, W) are neither seen nor pooled."""
+        tokens = self.embed(images, mask)
+        return self.forward_head(self.encode(tokens), padding=tokens.padding)
+
+    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
+        """Tokens after the blocks named by `indices`, as maps (B, C, h, w) and prefix tokens (B, P, C)."""
+        wanted = self.feature_indices(indices)
+        tokens = self.embed(images)
+        seen = self._through(tokens, taps=wanted)[1]
+        states = [self.norm(seen[i]) if norm else seen[i] for i in wanted]
+        maps = [x[:, tokens.prefix :].transpose(1, 2).unflatten(2, tokens.grid) for x in states]
+        return Features(maps, [x[:, : tokens.prefix] for x in states])
+
+    # ---- care
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head for `num_classes` classes (0: none), initialised by its law; `classes` is emptied."""
+        like = self.patch_embed.proj.weight
+        self.config, self.classes = replace(self.config, num_classes=num_classes), ()
+        self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        _init_linear(self.head)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fills every parameter and derived buffer by these laws.
+
+        | what                      | law                                    | source                     |
+        |---------------------------|----------------------------------------|----------------------------|
+        | patch projection          | truncated normal, std 1 / sqrt(fan in) | LeCun 1998; ViT's JAX code |
+        | every other linear weight | truncated normal, std 0.02             | DeiT (Touvron et al. 2021) |
+        | attention pooling's query | truncated normal, std 1 / sqrt(C)      | timm                       |
+        | learned positions         | truncated normal, std 0.02             | ViT, appendix D.4          |
+        | class and register tokens | normal, std 1e-6                       | timm                       |
+        | sin-cos positions         | the formula; zero for prefix rows      | MAE                        |
+        | norms, LayerScale, biases | 1 and 0, `init_values`, 0              |                            |
+        """
+        for module in self.modules():
+            _init_linear(module)
+            if isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.init_values)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+        projection = self.patch_embed.proj
+        _trunc_normal(projection.weight, projection.weight[0].numel() ** -0.5)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+        if self.attn_pool is not None:
+            _trunc_normal(self.attn_pool.latent, self.num_features**-0.5)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        self._init_positions()
+
+    def _init_positions(self) -> None:
+        if self.pos_embed is None:
+            return
+        if self.config.pos_embed == "learn":
+            _trunc_normal(self.pos_embed, 0.02)
+        else:
+            waves = sincos_2d(self.patch_embed.grid_size, self.num_features)
+            prefix = self.pos_embed.shape[1] - waves.shape[1]
+            self.pos_embed.copy_(nn.functional.pad(waves, (0, 0, prefix, 0)))
+
+    def no_weight_decay(self) -> set[str]:
+        names = ("pos_embed", "cls_token", "reg_token", "attn_pool.latent")
+        return {name for name, _ in self.named_parameters() if name in names}
+
+    def layer_groups(self) -> list[list[str]]:
+        """Embedding, then each block, then norm, pooling and head."""
+        groups: list[list[str]] = [[] for _ in range(len(self.blocks) + 2)]
+        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed")
+        for name, _ in self.named_parameters():
+            part, _, rest = name.partition(".")
+            depth = int(rest.partition(".")[0]) + 1 if part == "blocks" else 0 if part in stem else -1
+            groups[depth].append(name)
+        return groups
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+
+def _block(c: ViTConfig, drop_path: float) -> Block:
+    return Block(
+        c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
+        init_values=c.init_values, proj_drop=c.proj_drop_rate, attn_drop=c.attn_drop_rate, drop_path=drop_path,
+        norm=c.norm, act=c.act, attn=c.attn,
+    )  # fmt: skip
+
+
+def _trunc_normal(weight: Tensor, std: float) -> None:
+    """A normal cut off at two of its deviations, widened so that `std` is what is left after the cut, as in JAX."""
+    wide = std / 0.87962566
+    nn.init.trunc_normal_(weight, std=wide, a=-2 * wide, b=2 * wide)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        _trunc_normal(module.weight, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,153 @@
+"""The contract of every task: a backbone, a loss, figures, and answers in words.
+
+    batch ──> task(batch) ──> {"loss": …, parts …}        training, in any loop
+          ├── task.update(metrics, batch)                 one forward; `evaluate` runs it over a loader
+          └── task.predict(batch) ──> list of results     one an image
+
+Nothing here knows a training engine. torchmetrics is imported by `metrics()` alone, since that takes seconds.
+
+Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.models.backbone import Backbone
+from vitrail.records import Batch, Result
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+Mode = Literal["max", "min"]
+
+
+class Task(nn.Module, ABC):
+    """A question that a backbone learns to answer. `forward` is the loss, so that wrappers such as DDP see it."""
+
+    monitor: ClassVar[tuple[str, Mode]]
+    """the figure that says which epoch was best, and whether more or less of it is better"""
+    backbone: Backbone
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` to be minimised, and its parts for the log, each 0-dimensional."""
+
+    @abstractmethod
+    def metrics(self) -> MetricCollection:
+        """Fresh figures of this task, on its device. 0-dimensional ones are scores, all others are tables."""
+
+    @abstractmethod
+    def update(self, metrics: MetricCollection, batch: Batch) -> None:
+        """Adds a batch to `metrics`, by one forward pass."""
+
+    @abstractmethod
+    def predict(self, batch: Batch, top: int = 5) -> Sequence[Result]:
+        """One result an image, in the order of the batch; a result tells of at most the best `top` answers."""
+
+    def check(self, batch: Batch) -> None:
+        """Raises `ValueError`, naming samples, for targets that the task cannot take.
+
+        A loop that calls it before the batch goes to a device spares that device a wait.
+        """
+
+    def layer_groups(self) -> list[list[str]]:
+        """Parameter names from input to output, every one once; the task's own come after the backbone's."""
+        groups = [[f"backbone.{name}" for name in group] for group in self.backbone.layer_groups()]
+        own = [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]
+        return [*groups, own] if own else groups
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, beside biases and norms, that weight decay must leave alone."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def averaged_modules(self) -> list[nn.Module]:
+        """Modules whose weights an exponential moving average follows; by default all there is."""
+        return [self]
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after optimiser step `step` (from 1) of `total`; for teachers that follow their students."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def prepare(self, item: Batch | Sequence[Any]) -> Batch:
+        """What a loader yields -> a checked batch on the task's device, its images normalised."""
+        batch = as_batch(item)
+        self.check(batch)
+        return self.backbone.preprocess.prepare(to_device(batch, self.device))
+
+
+def evaluate(task: Task, loader: Iterable[Batch | Sequence[Any]]) -> dict[str, Tensor]:
+    """All figures of a task over a loader, on the CPU: 0-dimensional scores and tables, by their names.
+
+    The task is in evaluation mode meanwhile, without gradients; its mode is restored, after an error too.
+    Raises `ValueError` for a loader without batches.
+    """
+    metrics, seen = task.metrics(), 0
+    with evaluating(task):
+        for item in loader:
+            task.update(metrics, task.prepare(item))
+            seen += 1
+    if not seen:
+        raise ValueError("evaluate needs at least one batch; the loader gave none: look at its data and drop_last")
+    return {name: value.cpu() for name, value in metrics.compute().items()}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule has the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def as_batch(item: Batch | Sequence[Any]) -> Batch:
+    """A batch as it is; `(images, labels)` of a plain PyTorch loader becomes one. Raises `ValueError` for the rest."""
+    if isinstance(item, Mapping) and "image" in item:
+        return item
+    if isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], Tensor):
+        return Batch(image=item[0], label=torch.as_tensor(item[1]))
+    got = f"the keys {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+    if isinstance(item, list | tuple):
+        got += f" of {', '.join(type(part).__name__ for part in item)}"
+    raise ValueError(f"a loader must yield (images, labels) or a dict with `image` (and `label`); got {got}")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`, in lists and dicts too; pinned memory is copied asynchronously."""
+    return cast(Batch, {key: _moved(value, device) for key, value in batch.items()})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return value
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU. Raises `ValueError` for a device that this machine lacks."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind = name.partition(":")[0]
+    if not present.get(kind, False):
+        here = ", ".join(kind for kind, there in present.items() if there)
+        raise ValueError(f"device must be auto or one that is here ({here}); got {name!r}")
+    return torch.device(name)

@@ -1,0 +1,139 @@
+"""Classification: one class an image, by cross-entropy.
+
+    images (B, C, H, W) -> backbone -> logits (B, K) of each head -> mean of the heads' cross-entropies
+                                    -> mean logits -> softmax -> the best classes, by name
+
+Labels are class indices (B,) or, where images were mixed, shares of classes (B, K).
+
+Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.models.backbone import Backbone
+from vitrail.records import Batch, Classification
+from vitrail.tasks.base import Mode, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+class Classify(Task):
+    """Which class is it? The backbone brings the heads; `label_smoothing` in [0, 1) applies to training alone.
+
+    Figures: `loss` (cross-entropy without smoothing), `accuracy`, `balanced_accuracy`, `ece`; tables `precision`,
+    `recall`, `f1` (K,), `confusion` (K, K) and `reliability` (bins, 3). Their laws stand in `vitrail.tasks.scores`.
+    """
+
+    monitor: ClassVar[tuple[str, Mode]] = ("accuracy", "max")
+
+    def __init__(self, backbone: Backbone, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if backbone.config.num_classes < 1:
+            raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+        self.backbone, self.label_smoothing = backbone, label_smoothing
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.backbone.config.num_classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the logits: the backbone's, or `class 0`, `class 1`, … where it has none."""
+        return class_names(self.backbone.classes, self.num_classes)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss`: the heads' mean cross-entropy, with label smoothing. Raises `ValueError` for bad labels."""
+        self.check(batch)
+        label = _target(batch["label"])
+        heads = self.backbone.forward_heads(self.backbone.forward_features(self._images(batch)))
+        losses = [F.cross_entropy(logits, label, label_smoothing=self.label_smoothing) for logits in heads]
+        return {"loss": torch.stack(losses).mean()}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, K), the heads averaged as the backbone averages them, in fp32 at least."""
+        return self.backbone(self._images(batch)).float()
+
+    def metrics(self) -> MetricCollection:
+        """Fresh figures, as the class's docstring lists them, on the task's device."""
+        from vitrail.tasks.scores import classification_scores  # torchmetrics takes seconds to import
+
+        return classification_scores(self.num_classes).to(self.device)
+
+    def update(self, metrics: MetricCollection, batch: Batch) -> None:
+        """Adds a batch; of a soft label the largest share is the true class, but `loss` takes all of it."""
+        self.check(batch)
+        label, logits = _target(batch["label"]), self.logits(batch)
+        losses = F.cross_entropy(logits, label, reduction="none")
+        metrics.update(preds=logits, target=_hard(label), value=losses)
+
+    def predict(self, batch: Batch, top: int = 5) -> list[Classification]:
+        """The best `top` classes of each image with their softmax probabilities; ids are the batch's, or empty."""
+        return answers(self.logits(batch), self.classes, batch.get("id"), top)
+
+    def check(self, batch: Batch) -> None:
+        """Raises `ValueError` for labels of a wrong shape or type, or out of range, naming the samples.
+
+        The range is looked at on the CPU alone: reading from an accelerator waits for it. `prepare` checks in time.
+        """
+        label, count = batch.get("label"), self.num_classes
+        size = len(batch["image"])
+        if label is None:
+            raise ValueError(f"a classifier learns from a batch with a `label`; got {', '.join(batch)}")
+        soft = label.is_floating_point()
+        if label.shape != ((size, count) if soft else (size,)):
+            raise ValueError(
+                f"label must be class indices ({size},) or float shares ({size}, {count}); "
+                f"got {tuple(label.shape)} of {label.dtype}"
+            )
+        if not soft and label.device.type == "cpu" and not bool(((label >= 0) & (label < count)).all()):
+            raise ValueError(self._out_of_range(batch))
+
+    def _out_of_range(self, batch: Batch) -> str:
+        labels = batch["label"].tolist()
+        ids = batch.get("id") or [f"image {row} of the batch" for row in range(len(labels))]
+        wrong = [f"{name} has {k}" for name, k in zip(ids, labels, strict=True) if not 0 <= k < self.num_classes]
+        named = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        return (
+            f"a label must lie in 0 … {self.num_classes - 1}, for {self.num_classes} classes; {named}: "
+            "mend the labels, or give the model more classes (num_classes)"
+        )
+
+    def _images(self, batch: Batch) -> Tensor:
+        return self.backbone.preprocess.prepare(batch)["image"]
+
+
+def answers(
+    logits: Tensor, classes: Sequence[str], ids: Sequence[str] | None = None, top: int = 5
+) -> list[Classification]:
+    """logits (B, K) -> one answer an image: its best `top` classes with their softmax probabilities, best first."""
+    if top < 1:
+        raise ValueError(f"top must be at least 1; got {top}")
+    best = logits.float().softmax(-1).topk(min(top, len(classes)))
+    found = []
+    for name, shares, rows in zip(ids or [""] * len(logits), best.values.tolist(), best.indices.tolist(), strict=True):
+        ranked = tuple((classes[row], share) for row, share in zip(rows, shares, strict=True))
+        found.append(Classification(id=name, label=ranked[0][0], confidence=ranked[0][1], top=ranked))
+    return found
+
+
+def class_names(classes: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of `count` logits: `classes`, or `class 0`, `class 1`, … where they have none."""
+    return tuple(classes) or tuple(f"class {k}" for k in range(count))
+
+
+def _target(label: Tensor) -> Tensor:
+    return label if label.is_floating_point() else label.long()
+
+
+def _hard(label: Tensor) -> Tensor:
+    return label.argmax(-1) if label.is_floating_point() else label

@@ -1,0 +1,96 @@
+"""How well a classifier answers, and how far its confidence may be believed.
+
+| figure                  | law                                                                               |
+|-------------------------|-----------------------------------------------------------------------------------|
+| `loss`                  | mean cross-entropy                                                                |
+| `accuracy`              | share of images whose best class is the true one                                  |
+| `balanced_accuracy`     | mean recall over the classes that occur                                           |
+| `precision` (K,)        | of the images called k, the share that is k; 0 where none is called so            |
+| `recall` (K,)           | of the images that are k, the share called so; 0 where there is none              |
+| `f1` (K,)               | harmonic mean of the two                                                          |
+| `confusion` (K, K)      | images by true class (row) and answer (column)                                    |
+| `reliability` (bins, 3) | images by confidence in equal bins (lower, upper]: count, mean confidence, accuracy |
+| `ece`                   | mean over images of their bin's |confidence - accuracy| (Guo et al. 2017, eq. 3)  |
+
+This file imports torchmetrics, which takes seconds: it is imported where figures are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+
+def classification_scores(num_classes: int) -> MetricCollection:
+    """All figures above. `update(preds=logits (B, K), target=(B,), value=losses (B,))` adds a batch.
+
+    Targets are taken as checked: here nothing waits for the device.
+    """
+    given: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    return MetricCollection(
+        {
+            "loss": MeanMetric(nan_strategy="disable"),  # a NaN is shown; torchmetrics 1.9 then ignores weights
+            "accuracy": MulticlassAccuracy(average="micro", **given),
+            "balanced_accuracy": BalancedAccuracy(**given),
+            "precision": MulticlassPrecision(average="none", **given),
+            "recall": MulticlassRecall(average="none", **given),
+            "f1": MulticlassF1Score(average="none", **given),
+            "confusion": MulticlassConfusionMatrix(**given),
+            "calibration": Reliability(),
+        }
+    )
+
+
+class BalancedAccuracy(MulticlassConfusionMatrix):
+    """Mean recall over the classes that occur; a class that is only ever guessed does not count."""
+
+    def compute(self) -> Tensor:
+        confusion = super().compute()
+        images = confusion.sum(1)
+        return (confusion.diagonal()[images > 0] / images[images > 0]).mean()
+
+
+class Reliability(Metric):
+    """Confidence against accuracy: `reliability` (bins, 3) and `ece`, as the module's table says.
+
+    `update(preds (B, K) logits, target (B,))`. An empty bin is a row of zeros.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    count: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__()
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1; got {bins}")
+        self.bins = bins
+        self.add_state("count", torch.zeros(bins, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("confidence", torch.zeros(bins), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(bins, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        confidence, answer = preds.float().softmax(-1).max(-1)
+        index = ((confidence * self.bins).ceil().long() ).clamp(0, self.bins - 1)
+        member = index[:, None] == torch.arange(self.bins, device=index.device)  # (B, bins)
+        self.count += member.sum(0)
+        self.confidence += (member * confidence[:, None]).sum(0)
+        self.correct += (member & (answer == target)[:, None]).sum(0)
+
+    def compute(self) -> dict[str, Tensor]:
+        images = self.count.clamp(min=1)
+        table = torch.stack([self.count, self.confidence / images, self.correct / images], dim=1)
+        gaps = (table[:, 1] - table[:, 2]).abs() * self.count
+        return {"reliability": table, "ece": gaps.sum() / self.count.sum().clamp(min=1)}

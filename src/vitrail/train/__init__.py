@@ -1,0 +1,1 @@
+"""The training engine: the only room that knows Lightning."""

@@ -1,0 +1,144 @@
+"""What acts on a run while it runs: stopping rules, signals, TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from vitrail.train.checkpoint import Checkpoints
+from vitrail.train.history import HistoryLog
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+AGREE_EVERY = 20
+"""batches between two agreements of all processes on whether one of them got a signal"""
+
+
+class EarlyStop(Callback):
+    """Ends a run that no longer gets better, or whose time is up. 0 turns either rule off.
+
+    `patience` counts epochs since the best. `max_minutes` is kept as long as no epoch takes longer than the one before.
+    """
+
+    def __init__(self, record: HistoryLog, patience: int, max_minutes: float) -> None:
+        self.record, self.patience, self.max_minutes = record, patience, max_minutes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._decide(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._decide(trainer)
+
+    def _decide(self, trainer: Trainer) -> None:
+        stop = bool(self.record.history.rows) and (self._stale() or self._late())
+        trainer.should_stop = trainer.strategy.broadcast(stop)
+
+    def _stale(self) -> bool:
+        best, last = self.record.best, self.record.history.rows[-1]
+        return bool(self.patience) and best is not None and last["epoch"] - best["epoch"] >= self.patience
+
+    def _late(self) -> bool:
+        seconds = self.record.history["seconds"]
+        return bool(self.max_minutes) and sum(seconds) + seconds[-1] > 60 * self.max_minutes
+
+
+class StopRequested(Exception):
+    """Ends the run from within; `fit` turns it into `Interrupted`."""
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM end the run after the running optimiser step or validation, once `last.ckpt` is written.
+
+    A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._heard) for number in self.SIGNALS}
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise StopRequested
+        self.signal = number
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # print may not be entered twice
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        last = batch_idx + 1 == trainer.num_training_batches  # the epoch's own checkpoint follows
+        if stepped and not last and self._agreed(trainer, batch_idx):
+            self.checkpoints.save(trainer)
+            raise StopRequested
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._agreed(trainer, 0) and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            raise StopRequested
+
+    def _agreed(self, trainer: Trainer, batch_idx: int) -> bool:
+        heard = self.signal is not None
+        if trainer.world_size == 1:
+            return heard
+        return batch_idx % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class TensorBoardLog(Callback):
+    """Each epoch's figures as TensorBoard events in `folder`. Raises `ValueError` if the package is missing."""
+
+    def __init__(self, record: HistoryLog, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "--log tensorboard needs the tensorboard package; it is not installed: pip install 'vitrail[logging]'"
+            ) from error
+        self.record, self.folder = record, folder
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._writer = self._open(str(self.folder), purge_step=len(self.record.history) + 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row = self.record.history.rows[-1]
+        if self._writer:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, int(row["epoch"]))
+            self._writer.flush()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        self._writer = None

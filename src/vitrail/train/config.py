@@ -1,0 +1,131 @@
+"""Everything a training run can be told. Field names are the flags, attribute docstrings are the `--help`.
+
+A YAML file holds what differs from the defaults, so that it reads as a recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+import yaml
+
+from vitrail.data.augment import AugmentConfig
+from vitrail.data.datasets import DataConfig
+from vitrail.names import TRAIN_SPELLINGS, nearest, normalise_kwargs
+from vitrail.train.optim import OptimConfig, require
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Log = Literal["csv", "tensorboard"]
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
+    """A whole training run: images, augmentation, optimiser, model and machine."""
+
+    model: str = "vit_tiny"
+    """a row of `vitrail models`, or a short name that the image size completes"""
+    out: str = "runs/run"
+    """folder of the run: config, history, checkpoints, model"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+    drop_path: float = 0.0
+    """stochastic depth of the last block"""
+    drop_rate: float = 0.0
+    """dropout before the head"""
+    ema: float = 0.0
+    """decay of the weights' running average, such as 0.999, which is then validated and kept; 0 turns it off"""
+    precision: Precision = "fp32"
+    """arithmetic of the network; bf16 and fp16 are mixed precision, fp16 for GPUs only"""
+    device: Device = "auto"
+    """auto takes the best there is"""
+    devices: int = 1
+    """processes on this machine, one device each"""
+    num_nodes: int = 1
+    """machines; start the same command on each with torchrun or SLURM"""
+    log: Log = "csv"
+    """history.csv is always written; tensorboard adds its event files"""
+    checkpoint_every: int = 0
+    """keep a checkpoint of every so many epochs; 0 keeps only the last and the best"""
+    patience: int = 0
+    """stop after so many epochs without a better validation figure; 0 never does"""
+    max_minutes: float = 0.0
+    """stop before the epoch that would pass this limit; the schedule stays that of all epochs; 0 sets no limit"""
+    debug: bool = False
+    """a few batches an epoch, to see that everything runs"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # each part checks its own fields and passes on to the next
+        for name in ("label_smoothing", "drop_path", "drop_rate", "ema"):
+            require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
+        for name in ("devices", "num_nodes"):
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("checkpoint_every", "patience"):
+            require(getattr(self, name) >= 0, name, "be 0 (off) or more", getattr(self, name))
+        require(0 <= self.max_minutes < math.inf, "max_minutes", "be 0 (off) or more", self.max_minutes)
+        require(self.model != "", "model", "name a model; see `vitrail models`", "nothing")
+        require(self.out != "", "out", "name a folder", "nothing")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        for name, kind in (("precision", Precision), ("device", Device), ("log", Log)):
+            words, got = get_args(kind), getattr(self, name)
+            rule = f"be one of {', '.join(words)}"
+            require(got in words, name, rule, f"{got!r}: did you mean {nearest(str(got), words, 1)[0]}?")
+        refused = self.precision == "fp16" and self.device == "cpu"
+        require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A config from words in any spelling that `vitrail.names` knows (`learning_rate`, `mixup_alpha`, …).
+
+        Raises `TypeError` for an unknown word, naming the nearest, and for a value of the wrong type.
+        """
+        given = normalise_kwargs(values, {f.name for f in fields(cls)}, TRAIN_SPELLINGS, cls.__name__)
+        kinds = get_type_hints(cls)
+        return cls(**{name: _typed(name, value, kinds[name]) for name, value in given.items()})
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def to_yaml(self, path: str | Path, header: str = "") -> None:
+        """Writes what differs from the defaults; each line of `header` becomes a comment above it."""
+        comment = "".join(f"# {line}\n" for line in header.splitlines())
+        Path(path).write_text(comment + yaml.safe_dump(_plain(self.changes()), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The config in a YAML file. Raises `ValueError` naming the file and what is wrong in it."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            if not isinstance(values, dict):
+                raise ValueError(f"a config holds lines such as `epochs: 100`; got {type(values).__name__}")
+            return cls.from_dict({str(key).replace("-", "_"): value for key, value in values.items()})
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the field's type. YAML reads `1e-3` as text and `1` as an integer: both will do for a float."""
+    kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {kind}
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    plain = kinds & set(KIND_NAMES)
+    if plain and type(value) not in kinds:
+        wanted = " or ".join(sorted(KIND_NAMES[k] for k in plain))
+        raise TypeError(f"--{name.replace('_', '-')} takes {wanted}; got {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

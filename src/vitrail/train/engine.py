@@ -1,0 +1,325 @@
+"""`fit`: the one training loop of the house, run by Lightning.
+
+    loader ─ check ─ to the device ─ seed(batch) ─ augment, normalise ─ task(batch)["loss"] ─ backward
+             lr(step) ─ AdamW ─ task.after_step ─ average ─ … each epoch: validate, record, keep
+
+Randomness is seeded anew for every batch from (seed, number of the batch over all epochs, process), and the order of
+images is a pure function of (seed, epoch). A run resumed from `last.ckpt` therefore ends in the very same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from vitrail.data.loading import OrderedBatches, draw_seed
+from vitrail.records import Batch, History
+from vitrail.tasks.base import Task, as_batch, pick_device, to_device
+from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog
+from vitrail.train.checkpoint import Checkpoints, WholeFiles
+from vitrail.train.config import TrainConfig
+from vitrail.train.ema import WeightEma, averaged, copy_into
+from vitrail.train.history import HistoryLog, LossMeter, Reading
+from vitrail.train.optim import make_optimizer, require, warmup_cosine, warmup_steps
+from vitrail.train.progress import ProgressBar
+
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+DEBUG_BATCHES = 4
+READ_EVERY = 20
+"""batches between two readings of the loss on an accelerator, since each one waits for the device"""
+SAME_ON_RESUME = ("model", "data", "seed", "batch_size", "accumulate", "ema", "devices", "num_nodes", "debug")
+"""fields that decide which image is seen in which step, or what a checkpoint holds"""
+EXPECTED_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch's pytree the old way
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # `EpochLoader` goes on where it ended
+    r"GPU available but not used",  # --device cpu was asked for
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    r"The `srun` command is available on your system but is not used",
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts
+)
+Augment = Callable[[Batch, int], Batch]
+
+
+class Loader(Protocol):
+    """What may be trained and validated on."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run. The message says how to go on; `exit_code` is 130 or 143, as shells expect."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def fit(
+    task: Task,
+    train_loader: Loader,
+    val_loader: Loader | None,
+    config: TrainConfig,
+    *,
+    augment: Augment | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> History:
+    """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
+
+    `augment(batch, number)` makes raw training images ready, on the device; None only normalises them. With `out`, that
+    folder gets config.yaml, history.csv, checkpoints/ and model/ with the best weights, and the task ends with those;
+    without, nothing is written and it ends with the last. Weights are the running average's where `config.ema` is on.
+    A resumed run goes on where it stood, bit for bit if the loader's batch sampler is an `OrderedBatches`.
+
+    Raises `ValueError` for a device that is not here, an empty loader, an `out` that already holds a run, nothing to
+    resume or a run that was told something else; `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
+    """
+    folder = Path(out) if out is not None else None
+    checkpoint = _starting_point(folder, resume)
+    if not len(train_loader):
+        raise ValueError("training needs at least one batch; the loader has none: add images")
+    device = _machine(config)
+    record = HistoryLog(LossMeter(1 if device == "cpu" else READ_EVERY), task.monitor, folder)
+    ema = WeightEma(task, config.ema) if config.ema else None
+    stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
+    trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
+    if folder and trainer.is_global_zero:
+        _open_folder(folder, config, train_loader)
+    with _quiet():
+        try:
+            _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
+        except StopRequested:
+            raise Interrupted(_farewell(folder, record), stop.signal or 0) from None
+    if folder:
+        _take_best(task, folder / "checkpoints")
+        if trainer.is_global_zero:
+            task.backbone.save_pretrained(
+                folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1]
+            )
+    elif ema:
+        ema.swap()
+    return record.history
+
+
+class TaskModule(LightningModule):
+    """A task in Lightning's terms: what happens to a batch, in a step and in validation."""
+
+    def __init__(self, task: Task, config: TrainConfig, augment: Augment | None, record: HistoryLog) -> None:
+        super().__init__()
+        self.task, self.config, self.augment, self.record = task, config, augment, record
+
+    def on_fit_start(self) -> None:
+        self.metrics = self.task.metrics()
+        self.task.train()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        batch = as_batch(batch)
+        self.task.check(batch)  # on the CPU, where looking at labels waits for nothing
+        return batch
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Makes images ready. From here on the batch's own seed rules: augmentation first, then dropout."""
+        if not self.trainer.training:
+            return self.task.backbone.preprocess.prepare(batch)
+        number = self.trainer.current_epoch * self.batches_per_epoch + self.trainer.fit_loop.batch_idx + 1
+        torch.manual_seed(draw_seed(self.config.seed, number, self.global_rank))
+        return self.augment(batch, number) if self.augment else self.task.backbone.preprocess.prepare(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.task(batch)["loss"]
+        images, epoch = len(batch["image"]), self.trainer.current_epoch
+        self.record.meter.add(Reading(loss.detach(), images, epoch, batch_idx, self.learning_rate()))
+        return loss
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return int(self.trainer.num_training_batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps; the batches left over at an epoch's end make a step of their own."""
+        return math.ceil(self.batches_per_epoch / self.config.accumulate)
+
+    def learning_rate(self) -> float:
+        """That of the next optimiser step."""
+        config, steps = self.config, self.steps_per_epoch
+        warmup = warmup_steps(config, steps)
+        return warmup_cosine(self.trainer.global_step, config.epochs * steps, warmup, config.lr, config.min_lr)
+
+    def configure_optimizers(self) -> Optimizer:
+        return make_optimizer(
+            self.task, self.config, fused=self.config.precision != "fp16"
+        )  # whose scaler must come first
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.task.after_step(self.trainer.global_step + 1, self.config.epochs * self.steps_per_epoch)
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        """Clips by the norm over all parameters; Lightning's own way refuses a fused AdamW in mixed precision."""
+        if self.config.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.clip_grad)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.task.update(self.metrics, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {name: float(value) for name, value in self.metrics.compute().items() if value.ndim == 0}
+        if self.task.monitor[0] not in scores:
+            raise ValueError(
+                f"a task's monitor must be one of its scores {', '.join(scores)}; got {self.task.monitor[0]!r}"
+            )
+        self.record.figures = {f"val_{name}": score for name, score in scores.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["told"] = {name: getattr(self.config, name) for name in SAME_ON_RESUME}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        told = checkpoint["told"]
+        other = [name for name in SAME_ON_RESUME if told[name] != getattr(self.config, name)]
+        if other:
+            said = "; ".join(f"--{n.replace('_', '-')} was {told[n]}, got {getattr(self.config, n)}" for n in other)
+            raise ValueError(
+                f"a resumed run must be told what it was told before; {said}: take the old values, or a new --out"
+            )
+
+
+class EpochLoader:
+    """A loader as Lightning sees it: something with a length to iterate, whose sampler it leaves alone.
+
+    A pass begins in the epoch and at the batch where the trainer stands when the first batch is asked for.
+    """
+
+    def __init__(self, loader: Loader, trainer: Trainer) -> None:
+        self.loader, self.trainer = loader, trainer
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.trainer.training and (order := _order(self.loader)):
+            order.set_epoch(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1)
+        yield from self.loader
+
+
+def _order(loader: Loader) -> OrderedBatches | None:
+    order = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    return order if isinstance(order, OrderedBatches) else None
+
+
+def _starting_point(folder: Path | None, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Raises `ValueError` where there is none, or one that would be overwritten."""
+    last = folder / "checkpoints" / "last.ckpt" if folder else None
+    found = last is not None and last.is_file()
+    if resume and not found:
+        raise ValueError(f"--resume needs a run that wrote {last or 'checkpoints'}; found none: start one with --out")
+    if found and not resume:
+        raise ValueError(
+            f"--out must name a new run; {folder} holds one already: go on with --resume {folder}, or take another"
+        )
+    return last if resume else None
+
+
+def _machine(config: TrainConfig) -> str:
+    """`cpu`, `cuda` or `mps`. Raises `ValueError` where it is not here, or cannot do what was asked for."""
+    device = pick_device(config.device).type
+    require(device != "cpu" or config.precision != "fp16", "precision", "be fp32 or bf16 on the CPU", "fp16")
+    here = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, config.devices)
+    require(
+        config.devices <= here, "devices", f"be at most {here}, the number of {device} devices here", config.devices
+    )
+    return device
+
+
+def _callbacks(
+    config: TrainConfig, record: HistoryLog, ema: WeightEma | None, stop: StopOnSignal, folder: Path | None
+) -> list[Callback]:
+    """In the order in which they act: averaging before anything is kept, and keeping before a stop."""
+    board = [TensorBoardLog(record, folder / "tensorboard")] if folder and config.log == "tensorboard" else []
+    rules = EarlyStop(record, config.patience, config.max_minutes)
+    return [*([ema] if ema else []), record, rules, *board, ProgressBar(record), stop.checkpoints, stop]
+
+
+def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder: Path | None) -> Trainer:
+    limit = DEBUG_BATCHES if config.debug else None
+    with _quiet():
+        return Trainer(
+            accelerator=device, devices=config.devices, num_nodes=config.num_nodes, use_distributed_sampler=False,
+            precision=PRECISIONS[config.precision], plugins=[WholeFiles()], callbacks=callbacks,
+            max_epochs=config.epochs, limit_train_batches=limit, limit_val_batches=limit, num_sanity_val_steps=0,
+            accumulate_grad_batches=config.accumulate,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder,
+        )  # fmt: skip
+
+
+def _open_folder(folder: Path, config: TrainConfig, loader: Loader) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config.to_yaml(folder / "config.yaml")
+    if _order(loader) is None:
+        print("this loader has an order of its own: a resumed run will not repeat it bit for bit")
+
+
+def _run(
+    trainer: Trainer, module: TaskModule, train_loader: Loader, val_loader: Loader | None, checkpoint: Path | None
+) -> None:
+    val = EpochLoader(val_loader, trainer) if val_loader is not None else None
+    trainer.fit(module, EpochLoader(train_loader, trainer), val, ckpt_path=checkpoint, weights_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning without its small talk; warnings that are not expected still show."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _farewell(folder: Path | None, record: HistoryLog) -> str:
+    where = f"stopped in epoch {len(record.history) + 1}"
+    if folder is None or not (folder / "checkpoints" / "last.ckpt").is_file():
+        return f"{where}; nothing was kept"
+    return f"{where}; go on with: vitrail train --resume {folder}"
+
+
+def _take_best(task: Task, folder: Path) -> None:
+    """Gives the task the weights of the best epoch, or their average's."""
+    best = folder / "best.ckpt"
+    state = torch.load(
+        best if best.is_file() else folder / "last.ckpt", map_location="cpu", weights_only=True, mmap=True
+    )
+    own = {name.removeprefix("task."): value for name, value in state["state_dict"].items() if name.startswith("task.")}
+    task.load_state_dict(own)
+    average = state["callbacks"].get("WeightEma", {"updates": 0})
+    if average["updates"]:
+        copy_into(dict(averaged(task)), average["averages"])

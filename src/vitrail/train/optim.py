@@ -1,0 +1,94 @@
+"""The optimiser and the learning rate of every step.
+
+    lr · n / warmup                                             n = 1 … warmup
+    min_lr + (lr − min_lr) (1 + cos(π (n − warmup) / (total − warmup))) / 2      n = warmup … total
+
+AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Cosine: the same authors, 2017, "SGDR", eq. 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from vitrail.tasks.base import Task
+
+FUSED_DEVICES = {"cpu", "cuda", "mps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights are updated."""
+
+    epochs: int = 100
+    """passes over the training images"""
+    lr: float = 3e-4
+    """peak learning rate, for the whole batch as it is: it is not scaled by the batch size"""
+    min_lr: float = 1e-6
+    """learning rate of the last step"""
+    weight_decay: float = 0.05
+    """decay of weight matrices; biases, norms and what the model exempts are left alone"""
+    warmup_epochs: float = 5
+    """epochs of linear warm-up, never more than half the run"""
+    clip_grad: float = 1.0
+    """largest norm of the gradient; 0 turns clipping off"""
+    accumulate: int = 1
+    """batches whose gradients are averaged into one step"""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "epochs", "be at least 1", self.epochs)
+        require(0 < self.lr < math.inf, "lr", "be positive", self.lr)
+        require(0 <= self.min_lr <= self.lr, "min_lr", f"lie between 0 and --lr {self.lr}", self.min_lr)
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "be 0 or more", self.weight_decay)
+        require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", "be 0 or more", self.warmup_epochs)
+        require(0 <= self.clip_grad < math.inf, "clip_grad", "be 0 (off) or more", self.clip_grad)
+        require(self.accumulate >= 1, "accumulate", "be at least 1", self.accumulate)
+
+
+def require(holds: bool, field: str, rule: str, got: object) -> None:
+    """Raises `ValueError` with the flag's name, the rule and what was got, unless the rule holds."""
+    if not holds:
+        raise ValueError(f"--{field.replace('_', '-')} must {rule}; got {got}")
+
+
+def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Optimizer:
+    """AdamW over all trainable parameters of the task: one group with weight decay and one without.
+
+    Decay leaves alone every parameter of fewer than two dimensions and those named by `task.no_weight_decay()`.
+    `fused` runs the update as one kernel where the device has it. Raises `ValueError` if nothing can be trained.
+    """
+    trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("a task to be trained needs a parameter that is not frozen; got none: unfreeze its head")
+    exempt = task.no_weight_decay()
+    plain = [p for name, p in trainable if p.ndim < 2 or name in exempt]
+    decayed = [p for name, p in trainable if p.ndim >= 2 and name not in exempt]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused and _all_fusible(decayed + plain))
+
+
+def _all_fusible(parameters: Iterable[nn.Parameter]) -> bool:
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
+
+
+def warmup_cosine(step: int, total: int, warmup: int, lr: float, min_lr: float) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `total`: the formula above with n = step + 1.
+
+    Reaches `lr` in step `warmup - 1` and `min_lr` in step `total - 1`, and stays there.
+    """
+    n = step + 1
+    if n <= warmup:
+        return lr * n / warmup
+    progress = min(1.0, (n - warmup) / max(1, total - warmup))
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_steps(config: OptimConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of warm-up in a run of `config.epochs` epochs."""
+    return round(min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch)

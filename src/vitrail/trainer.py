@@ -1,0 +1,146 @@
+"""One command's worth of work: images, model, training, evaluation, report; and `ViTTrainer` for loaders of your own.
+
+    TrainConfig ── run_training ──> runs/NAME/  config.yaml  history.csv  checkpoints/  model/  metrics.json  report.html
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitrail.data.augment import BatchAugment
+from vitrail.data.datasets import DataConfig, load_splits
+from vitrail.data.imagesets import Splits
+from vitrail.data.loading import make_loader
+from vitrail.data.transforms import eval_transform, train_transform
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import FAMILIES, ROWS, resolve_name
+from vitrail.models.vit import ViTConfig, VisionTransformer
+from vitrail.names import TRAIN_SPELLINGS, normalise_kwargs
+from vitrail.records import History
+from vitrail.report import RunFacts, report_run
+from vitrail.tasks.base import evaluate, pick_device
+from vitrail.tasks.classify import Classify
+from vitrail.train.config import TrainConfig
+from vitrail.train.engine import fit
+from vitrail.weights.load import create_model, load_model
+
+DEMO = files("vitrail") / "assets" / "demo.yaml"
+
+
+def run_training(config: TrainConfig, *, resume: bool = False) -> History:
+    """Trains, evaluates and explains as `config` says, and writes its run folder. Returns the epochs' figures.
+
+    With `resume` the folder's last checkpoint is gone on with.
+    """
+    splits = load_splits(config)
+    model = make_model(config, splits)
+    task = Classify(model, config.label_smoothing)
+    train = make_loader(
+        splits.train, batch_size=config.batch_size, train=True, seed=config.seed, workers=config.workers,
+        transform=train_transform(model.preprocess, config),
+    )  # fmt: skip
+    augment = BatchAugment(config, model.preprocess, len(splits.classes))
+    out = Path(config.out)
+    history = fit(task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume)
+    best = Classify(load_model(out).to(pick_device(config.device)))
+    report_run(out, best, eval_loader(splits, "test", model, config), splits, history, _facts(config))
+    return history
+
+
+def resume_training(run: str | Path) -> History:
+    """Goes on with a run folder where its last checkpoint stands."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`")
+    return run_training(replace(TrainConfig.from_yaml(path), out=str(run)), resume=True)
+
+
+def demo_config(out: str = "runs/demo") -> TrainConfig:
+    """The recipe of `vitrail demo`: the shipped blood cells, in about two minutes on two cores."""
+    return replace(TrainConfig.from_yaml(Path(str(DEMO))), out=out)
+
+
+def make_model(config: TrainConfig, splits: Splits) -> Backbone:
+    """A fresh model for these images: their size, channels, classes and preprocessing. Says what a short name became."""
+    preprocess = splits.preprocess(config.img_size)
+    row = resolve_name(config.model, min(preprocess.img_size))
+    if row != config.model:
+        print(f"{config.model} is {row}, for images of {min(preprocess.img_size)} pixels")
+    known = {f.name for f in fields(FAMILIES[ROWS[row]].config)}
+    wanted = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    refused = [name for name, value in wanted.items() if value and name not in known]
+    if refused:
+        raise ValueError(f"{row} has no {', '.join(refused)}; got {wanted[refused[0]]}: leave it out")
+    model = create_model(
+        row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
+        **{name: value for name, value in wanted.items() if name in known},
+    )  # fmt: skip
+    model.preprocess, model.classes, model.images = preprocess, splits.classes, f"images like those of {splits.name}"
+    return model
+
+
+def eval_loader(splits: Splits, part: str, model: Backbone, config: DataConfig) -> Iterable[Any]:
+    """One pass over a part of the data, as the model's preprocessing wants it."""
+    images = {"train": splits.train, "val": splits.val, "test": splits.test}[part]
+    return make_loader(
+        images, batch_size=config.batch_size, train=False, seed=config.seed, workers=config.workers,
+        transform=eval_transform(model.preprocess),
+    )  # fmt: skip
+
+
+def evaluate_model(
+    name: str | Path, *, data: str, data_dir: str = "data", split: str = "test", batch_size: int = 128,
+    device: str = "auto", workers: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All figures of a trained model on a part of a data set.
+
+    Raises `ValueError` where the data has other classes than the model, naming both.
+    """
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split must be train, val or test; got {split!r}")
+    model = load_model(name).to(pick_device(device))
+    size = min(model.preprocess.img_size)
+    config = DataConfig(data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=size)
+    splits = load_splits(config)
+    if splits.classes != model.classes:
+        raise ValueError(
+            f"{data} has the classes {', '.join(splits.classes[:5])}{' …' * (len(splits.classes) > 5)}; "
+            f"{name} was trained on {', '.join(model.classes[:5])}{' …' * (len(model.classes) > 5)}: take data like its own"
+        )
+    return evaluate(Classify(model), eval_loader(splits, split, model, config))
+
+
+class ViTTrainer:
+    """Trains a model, or the one that a config describes, on loaders of your own.
+
+    A loader yields `(images, labels)` or a `Batch`: float images are taken as ready, uint8 ones are normalised.
+    """
+
+    def __init__(self, model: Backbone | ViTConfig, *, device: str = "auto", out: str | Path | None = None) -> None:
+        self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
+        self.device, self.out = device, out
+
+    def train(
+        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, **settings: Any
+    ) -> History:
+        """Trains and returns the epochs' figures; `settings` are fields of `TrainConfig` in any known spelling.
+
+        Raises `TypeError` for an unknown setting, naming the nearest, and `ValueError` for a bad value.
+        """
+        names = {f.name for f in fields(TrainConfig)}
+        given = normalise_kwargs(settings, names, TRAIN_SPELLINGS, "ViTTrainer.train")
+        config = TrainConfig.from_dict({"device": self.device, **given})
+        out = None if self.out is None else Path(self.out)
+        return fit(Classify(self.model, config.label_smoothing), train_loader, val_loader, config, out=out)
+
+
+def _facts(config: TrainConfig) -> RunFacts:
+    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in config.changes().items()]
+    return RunFacts(title=f"{config.model} on {config.data}", command=" ".join(["vitrail train", *flags]))

@@ -1,0 +1,169 @@
+"""A network by its name, with or without weights, and any model folder.
+
+create_model("vit_tiny", img_size=32)           fresh weights
+create_model("bloodcells", pretrained=True)     a model that ships with the package
+load_model("runs/demo")                         a folder, ready to answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.folder import FolderError, find_folder, read_card, read_weights
+from vitrail.models.backbone import Backbone, spelled
+from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, resolve_name
+from vitrail.names import nearest
+from vitrail.records import ModelCard
+
+ASSETS = Path(__file__).parents[1] / "assets" / "models"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""types that weights may be stored in; all are loaded as fp32"""
+
+
+class Shipped(NamedTuple):
+    """A trained model inside the package."""
+
+    folder: Path
+    description: str
+
+
+SHIPPED: dict[str, Shipped] = {
+    "bloodcells": Shipped(ASSETS / "bloodcells", "red cells, white cells and platelets, cropped from blood smears"),
+}
+
+
+def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Backbone:
+    """A network in training mode: a registry row or its short name; with `pretrained`, a model that ships with weights.
+
+    `overrides` are fields of the family's config, in other libraries' spellings too. With `pretrained`, a changed
+    `num_classes` makes a new head; what would change the shape of other weights is an error. Raises `ValueError` for
+    an unknown name, `TypeError` for an unknown field, each naming the nearest; `ValueError` where no weights are known.
+    """
+    if pretrained:
+        if name not in SHIPPED:
+            raise ValueError(_no_weights(name))
+        return _with_overrides(SHIPPED[name].folder, overrides)
+    if name in SHIPPED:
+        raise ValueError(f"{name} ships with its weights: use create_model({name!r}, pretrained=True)")
+    return build_model(name, **overrides)
+
+
+def load_model(name_or_path: str | Path) -> Backbone:
+    """The network of a model folder, of a run folder, or a shipped one by its name: in evaluation mode, fp32, CPU.
+
+    Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A name wins over a folder of
+    that name; `./name` is the folder. Raises `FolderError` (a `ValueError`) where there is no such model, where files
+    are damaged, and where card and weights do not fit each other.
+    """
+    if name_or_path in SHIPPED:
+        return _load(SHIPPED[str(name_or_path)].folder).eval()
+    if _is_architecture(str(name_or_path)) and not Path(name_or_path).exists():
+        raise FolderError(
+            f"{name_or_path} is an architecture without weights: train it, or use create_model({str(name_or_path)!r}); "
+            f"with weights there is {', '.join(SHIPPED)}"
+        )
+    try:
+        folder = find_folder(name_or_path)
+    except FolderError as error:
+        raise FolderError(f"{error}; by name there is {', '.join(SHIPPED)}") from None
+    return _load(folder).eval()
+
+
+def _is_architecture(name: str) -> bool:
+    try:
+        return bool(resolve_name(name))
+    except ValueError:
+        return False
+
+
+def _no_weights(name: str) -> str:
+    known = "; ".join(f"{row} ({shipped.description})" for row, shipped in SHIPPED.items())
+    near = (
+        ""
+        if _is_architecture(name)
+        else f", and no such model: the nearest are {', '.join(nearest(name, [*SHIPPED, *ROWS]))}"
+    )
+    return f"no weights are known for {name!r}{near}; known are {known}; load_model(path) takes any model folder"
+
+
+def _with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Backbone:
+    model = _load(folder)
+    changes = spelled(type(model.config), overrides, model.config)
+    classes = changes.pop("num_classes", None)
+    if changes:
+        model = _load(folder, changes)
+    if classes is not None and classes != model.config.num_classes:
+        model.reset_classifier(classes)
+    return model
+
+
+def _load(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
+    """The card's network, first without memory; its weights are put in once all are known to fit."""
+    card, weights = read_card(folder), read_weights(folder)
+    if card.family not in FAMILIES:
+        raise FolderError(f"{folder}: family must be one of {', '.join(FAMILIES)}; got {card.family!r}")
+    model = _empty(folder, card, changes or {})
+    wanted = model.state_dict()
+    _check_fit(folder, wanted, weights)
+    _check_card(folder, model, card)
+    if any(name not in wanted for name, _ in model.named_buffers()):  # derived buffers, which no file holds
+        model.to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            model.init_weights()
+    # copies: what is read from disk may still lie in the file
+    own = {name: weights[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
+    model.load_state_dict(own, strict=True, assign=True)
+    model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
+    return model
+
+
+def _empty(folder: Path, card: ModelCard, changes: Mapping[str, Any]) -> Backbone:
+    try:
+        with torch.device("meta"):
+            return build_from_config(card.family, {**card.config, **changes}, card.name)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise FolderError(f"{folder}: its config makes no {card.family}: {error}") from error
+
+
+def _check_fit(folder: Path, wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Every name on both sides, every shape equal, every float a float."""
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    types = [
+        f"{name} {weights[name].dtype}"
+        for name, tensor in wanted.items()
+        if name in weights and tensor.is_floating_point() and weights[name].dtype not in FLOATS
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in weights],
+        "extra": [name for name in weights if name not in wanted],
+        "wrong shape": shapes,
+        "wrong type": types,
+    }
+    found = "; ".join(f"{kind}: {_first(names)}" for kind, names in faults.items() if names)
+    if found:
+        raise FolderError(f"{folder}: weights must fit the config exactly; {found}: load them with the config they had")
+
+
+def _first(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_card(folder: Path, model: Backbone, card: ModelCard) -> None:
+    """What the card says beside its config must agree with the network."""
+    logits = model.config.num_classes
+    if card.classes and len(card.classes) != logits:
+        raise FolderError(f"{folder}: classes must name all {logits} logits; config.json has {len(card.classes)} names")
+    if card.preprocess.in_chans != model.preprocess.in_chans:
+        raise FolderError(
+            f"{folder}: preprocess must describe {model.preprocess.in_chans} channels, as the network takes; "
+            f"config.json has {card.preprocess.in_chans}"
+        )

@@ -1,0 +1,102 @@
+"""Decoding: what is accepted, how it is brought to RGB, and how a bad file is named."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.data import images
+from vitrail.data.images import ImageError, UnequalSizesError, read_image, read_images, to_rgb
+
+
+def test_pixels_arrive_as_they_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_open_files_are_read_too(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(file, "PNG")
+    file.seek(0)
+    assert read_image(file).shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_turned_upright(tmp_path, orientation):
+    upright = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes what the reader will do
+    stored = upright.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "a.png"), images.to_tensor(upright))
+
+
+def test_sixteen_bits_are_scaled_linearly(tmp_path):
+    values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert abs(read_image(tmp_path / "a.png").float().mean() / 255 - values.mean() / 65535) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(mode):
+    assert to_rgb(Image.new("RGB", (3, 2), "white").convert(mode)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_transparency_is_laid_on_white():
+    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"none\.jpg: there is no such file"):
+        read_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "odd.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"odd\.jpg: not a readable image; one of JPEG, PNG"):
+        read_image(tmp_path / "odd.jpg")
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-400])
+    with pytest.raises(ImageError, match=r"cut\.jpg: .*truncated"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_a_folder_with_an_image_name_is_named(tmp_path):
+    (tmp_path / "dir.png").mkdir()
+    with pytest.raises(ImageError, match=r"dir\.png"):
+        read_image(tmp_path / "dir.png")
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
+    Image.new("1", (300, 200)).save(tmp_path / "big.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 59_999)
+    with pytest.raises(ImageError, match=r"big\.png: 300 x 200 pixels; at most 59,999"):
+        read_image(tmp_path / "big.png")
+
+
+def test_many_of_one_size_and_an_odd_one(make_folder):
+    root = make_folder("a", count=4)
+    paths = sorted(root.rglob("*.png"))
+    assert torch.equal(read_images(paths), torch.stack([read_image(path) for path in paths]))
+    Image.new("RGB", (9, 8)).save(paths[2])
+    with pytest.raises(UnequalSizesError, match=r"002\.png: 9 x 8 pixels where the others have 8 x 8"):
+        read_images(paths)
+
+
+def test_an_error_out_of_a_worker_keeps_only_its_last_line():
+    told = (
+        'Caught ImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x"\nImageError: f.jpg: odd\n'
+    )
+    assert str(ImageError(told)) == "f.jpg: odd"

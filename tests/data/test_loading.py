@@ -1,0 +1,216 @@
+"""Order, sharding, resuming, and the same batches whatever the workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings, strategies as st
+
+from vitrail.data.augment import AugmentConfig
+from vitrail.data.datasets import DataConfig, image_folder, load_splits
+from vitrail.data.images import ImageError
+from vitrail.data.loading import OrderedBatches, draw_seed, get_data_loaders, make_loader
+from vitrail.data.transforms import RandomResizedCrop, eval_transform, train_transform
+from vitrail.records import Preprocess
+
+TINY = Preprocess(img_size=(6, 6))
+
+
+def rows(batches: OrderedBatches) -> list[list[int]]:
+    return [[pick.row for pick in batch] for batch in batches]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    count=st.integers(1, 90), batch_size=st.integers(1, 20), world=st.integers(1, 4), shuffle=st.booleans(),
+    epoch=st.integers(0, 5),
+)  # fmt: skip
+def test_shards_do_not_overlap(count, batch_size, world, shuffle, epoch):
+    assume(count >= world or not shuffle)
+    shards = []
+    for rank in range(world):
+        order = OrderedBatches(count, batch_size, shuffle=shuffle, seed=7, rank=rank, world=world)
+        order.set_epoch(epoch)
+        batches = rows(order)
+        assert all(len(batch) <= batch_size for batch in batches)
+        assert len(batches) == len(order) or (count < world * len(order) and not shuffle)
+        shards.append([row for batch in batches for row in batch])
+    drawn = [row for shard in shards for row in shard]
+    assert len(set(drawn)) == len(drawn)
+    assert len(drawn) == (count - count % world if shuffle else count)
+    if shuffle:
+        assert len({len(shard) for shard in shards}) == 1
+
+
+def test_the_place_comes_from_torch_distributed(monkeypatch):
+    order = OrderedBatches(10, 2, shuffle=False)
+    assert rows(order)[0] == [0, 1]
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    assert rows(order) == [[1, 3], [5, 7], [9]]
+    assert len(order) == 3
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_make_equally_many_steps_in_evaluation(world):
+    for count in range(2 * world, 60):
+        orders = [OrderedBatches(count, 4, shuffle=False, rank=rank, world=world) for rank in range(world)]
+        assert len({len(rows(order)) for order in orders}) == 1
+        assert all(batch for order in orders for batch in rows(order))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        batches = OrderedBatches(50, 8, shuffle=True, seed=seed)
+        batches.set_epoch(epoch)
+        return rows(batches)
+
+    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) != order(0, 4)
+    assert order(0, 3) != order(1, 3)
+    assert order(0, 1) != order(1, 0)
+    assert sorted(row for batch in order(0, 3) for row in batch) == list(range(50))
+
+
+def test_torchs_generator_is_neither_read_nor_moved():
+    before = torch.get_rng_state()
+    rows(OrderedBatches(50, 8, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_resumed_epoch_goes_on():
+    order = OrderedBatches(50, 8, shuffle=True, seed=1)
+    order.set_epoch(2)
+    whole = rows(order)
+    order.set_epoch(2, start=3)
+    assert rows(order) == whole[3:]
+    assert len(order) == len(whole) == 7
+    order.set_epoch(3)
+    assert len(rows(order)) == 7
+
+
+def test_nothing_is_dropped():
+    assert [len(batch) for batch in OrderedBatches(17, 8, shuffle=True)] == [8, 8, 1]
+
+
+def test_more_processes_than_images_are_refused():
+    with pytest.raises(ValueError, match="every process needs an image; got 3 for 4"):
+        list(OrderedBatches(3, 8, shuffle=True, rank=0, world=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 0, "batch_size": 8}, "at least one image"),
+        ({"count": 5, "batch_size": 8, "rank": 2, "world": 2}, "got rank 2 of world 2"),
+        ({"count": 5, "batch_size": 8, "rank": 0}, "both or neither given"),
+    ],
+)
+def test_impossible_orders_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OrderedBatches(shuffle=True, **arguments)
+
+
+def test_batches_from_memory(tensor_set):
+    batches = list(make_loader(tensor_set, batch_size=10, train=False))
+    assert [len(batch["label"]) for batch in batches] == [10, 10, 3]
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), tensor_set.images)
+    assert [identity for batch in batches for identity in batch["id"]] == tensor_set.ids
+
+
+def test_batches_are_brought_to_size(tensor_set):
+    fit = eval_transform(TINY)
+    batch = next(iter(make_loader(tensor_set, batch_size=4, train=False, transform=fit)))
+    assert torch.equal(batch["image"], torch.stack([fit(tensor_set.image(n)) for n in range(4)]))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_workers_do_not_change_the_batches(make_folder):
+    images = image_folder(make_folder("cat", "dog", count=8, size=(9, 7)), in_memory=False)
+    crop = RandomResizedCrop(TINY, 0.2)
+    seen = []
+    for workers in (0, 1, 4):
+        torch.manual_seed(workers)  # must not matter
+        loader = make_loader(images, batch_size=5, train=True, transform=crop, seed=3, workers=workers)
+        loader.batch_sampler.set_epoch(2)
+        seen.append(list(loader))
+    for other in seen[1:]:
+        for one, two in zip(seen[0], other, strict=True):
+            assert torch.equal(one["image"], two["image"])
+            assert one["id"] == two["id"]
+            assert torch.equal(one["label"], two["label"])
+
+
+def test_each_epoch_and_image_has_its_own_crop(tensor_set):
+    class Recorder:
+        random = True
+
+        def __init__(self):
+            self.seen = {}
+
+        def __call__(self, image):
+            self.seen[int(image[0, 0, 0])] = float(torch.rand(()))
+            return image
+
+    def numbers(epoch, batch_size=23):
+        recorder = Recorder()
+        loader = make_loader(tensor_set, batch_size=batch_size, train=True, transform=recorder)
+        loader.batch_sampler.set_epoch(epoch)
+        list(loader)
+        return recorder.seen
+
+    assert numbers(0) == numbers(0, batch_size=4)
+    assert len(set(numbers(0).values())) == 23
+    assert not set(numbers(0).values()) & set(numbers(1).values())
+
+
+def test_random_crops_leave_torchs_generator_alone(tensor_set):
+    loader = make_loader(tensor_set, batch_size=8, train=True, transform=RandomResizedCrop(TINY))
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_of_many_sizes_need_a_transform(make_folder):
+    images = image_folder(make_folder("cat", "dog"), in_memory=False)
+    with pytest.raises(ValueError, match="give transform=eval_transform"):
+        make_loader(images, batch_size=2, train=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_even_by_a_worker(make_folder, workers):
+    root = make_folder("cat", "dog")
+    images = image_folder(root, in_memory=False)
+    (root / "dog/001.png").write_bytes(b"no")
+    loader = make_loader(images, batch_size=2, train=False, transform=eval_transform(TINY), workers=workers)
+    with pytest.raises(ImageError) as caught:
+        list(loader)
+    assert str(caught.value).startswith(str(root / "dog/001.png") + ": not a readable image")
+
+
+def test_public_loaders_small(make_folder):
+    root = make_folder("train/cat", "train/dog", "test/cat", "test/dog", count=10)
+    train, val = get_data_loaders(f"folder:{root}", batch_size=8, val_fraction=0.2)
+    assert (len(train.dataset), len(val.dataset)) == (16, 4)
+    batch = next(iter(train))
+    assert batch["image"].shape == (8, 3, 8, 8)
+    assert batch["image"].dtype == torch.uint8
+    assert next(iter(get_data_loaders(f"folder:{root}", img_size=16)[1]))["image"].shape[-2:] == (16, 16)
+
+
+def test_public_loaders_large(make_folder):
+    root = make_folder("cat", "dog", count=10, size=(120, 100))
+    splits = load_splits(DataConfig(data=f"folder:{root}"))
+    preprocess = splits.preprocess(112)
+    transform = train_transform(preprocess, AugmentConfig())
+    loader = make_loader(splits.train, batch_size=4, train=True, transform=transform)
+    assert next(iter(loader))["image"].shape == (4, 3, 112, 112)
+    train, val = get_data_loaders(f"folder:{root}", img_size=112)
+    assert next(iter(train))["image"].shape[1:] == next(iter(val))["image"].shape[1:] == (3, 112, 112)
+
+
+def test_seeds_are_spread():
+    seeds = [draw_seed(seed, epoch, row) for seed in range(4) for epoch in range(10) for row in range(100)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert draw_seed(0, 1) == draw_seed(0, 1) != draw_seed(1, 0)

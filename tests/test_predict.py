@@ -1,0 +1,131 @@
+"""One call from a picture of any kind to an answer, batched or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from vitrail.data.images import ImageError
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model
+from vitrail.predict import Predictor, ViTClassifier
+from vitrail.records import Classification, Preprocess
+
+
+@pytest.fixture(scope="module")
+def model() -> Backbone:
+    torch.manual_seed(0)
+    model = build_model("vit_debug", depth=1)
+    model.classes = tuple("abcdefghij")
+    return model
+
+
+def pixels(height: int = 40, width: int = 50, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels()).save(path)
+    return path
+
+
+def test_from_folder_to_class(model: Backbone, photo: Path, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    answer = ViTClassifier.from_pretrained(tmp_path / "model").predict(str(photo))
+    assert isinstance(answer, Classification)
+    assert answer["class"] == answer.label in model.classes and 0.1 <= answer["confidence"] <= 1
+    assert answer.id == str(photo) and len(answer.top) == 5
+    assert Predictor.from_pretrained(tmp_path, device="cpu").predict(photo) == answer
+
+
+def test_the_answer_is_the_networks(model: Backbone, photo: Path):
+    answer = Predictor(model).predict(photo, top=10)
+    picture = torch.from_numpy(pixels()).permute(2, 0, 1)
+    cut, ready = Predictor(model).look(picture)
+    assert cut.dtype == torch.uint8 and cut.shape == (3, 32, 32)
+    assert torch.equal(ready, model.preprocess.normalise(cut)[None])
+    shares = model.eval()(ready).softmax(-1)[0].tolist()
+    model.train()
+    assert dict(answer.top) == pytest.approx(dict(zip(model.classes, shares, strict=True)), abs=1e-6)
+
+
+def test_every_kind_of_image_is_the_same_image(model: Backbone, photo: Path):
+    tensor = torch.from_numpy(pixels()).permute(2, 0, 1)
+    kinds = [photo, str(photo), Image.open(photo), tensor, pixels()]
+    answers = Predictor(model).predict(kinds)
+    assert len({answer.top for answer in answers}) == 1
+    assert [answer.id for answer in answers] == [str(photo), str(photo), "", "", ""]
+    grey = Image.fromarray(pixels()).convert("L")
+    assert Predictor(model).predict(np.asarray(grey)) == Predictor(model).predict(grey)
+
+
+def test_batched_equals_single(model: Backbone):
+    predictor = Predictor(model)
+    images = [pixels(30 + i, 60 - i, seed=i) for i in range(7)]
+    together, apart = predictor.predict(images, top=10, batch_size=3), [predictor.predict(i, top=10) for i in images]
+    for one, two in zip(together, apart, strict=True):
+        assert dict(one.top) == pytest.approx(dict(two.top), abs=1e-5)
+    assert predictor.predict(tuple(images), batch_size=1)[6].label == apart[6].label
+    assert predictor.predict([]) == []
+
+
+def test_the_model_is_left_as_it_was(model: Backbone):
+    for mode in (True, False):
+        model.train(mode)
+        before = [part.training for part in model.modules()]
+        answer = Predictor(model).predict(pixels())
+        assert [part.training for part in model.modules()] == before
+        assert answer == Predictor(model).predict(pixels())
+    assert not Predictor(model).logits(torch.zeros(1, 3, 32, 32)).requires_grad
+
+
+def test_any_network_with_its_preprocessing():
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    predictor = Predictor(network, preprocess=Preprocess(img_size=(8, 8)), classes=["x", "y", "z"])
+    assert predictor.predict(pixels()).label in "xyz"
+    predictor.classes = ()
+    assert predictor.predict(pixels()).label.startswith("class ")
+    with pytest.raises(ValueError, match=r"needs its preprocess; got Sequential alone: add preprocess=Preprocess\("):
+        Predictor(network)
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    (7, "a path, a Pillow picture, or a uint8 tensor or array; got int"),
+    (torch.zeros(3, 8, 8), r"uint8 \(C, H, W\); got torch\.float32 \(3, 8, 8\): scale it"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"got torch\.uint8 \(2, 3, 8, 8\): give list\(batch\)"),
+    (torch.zeros(3, 0, 8, dtype=torch.uint8), r"\(3, 0, 8\)"),
+    (torch.zeros(5, 8, 8, dtype=torch.uint8), r"takes 3 channels; got an image of shape \(5, 8, 8\)"),
+    (np.zeros((8, 8, 3)), r"uint8 \(H, W, C\) or \(H, W\); got float64 \(8, 8, 3\): scale it"),
+    (np.zeros((2, 8, 8, 3), np.uint8), r"got uint8 \(2, 8, 8, 3\): give list\(batch\)"),
+    (np.zeros((3, 8, 9), np.uint8), r"takes 3 channels; got an image of shape \(9, 3, 8\)"),
+])  # fmt: skip
+def test_what_is_no_image_is_refused(model: Backbone, image: Any, message: str):
+    for given in (image, [image]):
+        with pytest.raises(ValueError, match=message):
+            Predictor(model).predict(given)
+
+
+def test_an_unreadable_image_is_named(model: Backbone, photo: Path):
+    photo.with_name("bad.jpg").write_text("no image")
+    for path in (photo.with_name("bad.jpg"), photo.with_name("missing.jpg"), photo.parent):
+        with pytest.raises(ImageError, match=rf"^{path}"):
+            Predictor(model).predict([photo, path])
+
+
+def test_wrong_arguments_are_refused(model: Backbone):
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        Predictor(model).predict([pixels()], batch_size=0)
+    with pytest.raises(ValueError, match="top must be at least 1; got 0"):
+        Predictor(model).predict(pixels(), top=0)
+    with pytest.raises(ValueError, match="device must be auto or one that is here"):
+        Predictor(model, device="tpu")
+    with pytest.raises(ValueError, match="num_classes of at least 1; got 0"):
+        ViTClassifier(build_model("vit_debug", num_classes=0))

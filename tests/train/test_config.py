@@ -1,0 +1,127 @@
+"""Ranges, spellings and YAML of a run's config."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from dataclasses import fields
+
+import pytest
+
+from vitrail.train import config as module
+from vitrail.train.config import TrainConfig
+
+
+def test_defaults_are_sound():
+    config = TrainConfig()
+    assert (config.model, config.epochs, config.batch_size, config.mixup, config.ema) == (
+        "vit_tiny",
+        100,
+        128,
+        0.0,
+        0.0,
+    )
+    assert config.changes() == {}
+
+
+def test_every_field_of_the_run_says_what_it_is():
+    (cls,) = (n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef))
+    body = cls.body[1:]  # after its docstring
+    pairs = itertools.pairwise(body)
+    named = [n.target.id for n, after in pairs if isinstance(n, ast.AnnAssign) and isinstance(after, ast.Expr)]
+    assert named == [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label_smoothing", 1.0, r"--label-smoothing must lie in \[0, 1\); got 1.0"),
+        ("ema", -0.1, r"--ema must lie in \[0, 1\); got -0.1"),
+        ("devices", 0, "--devices must be at least 1; got 0"),
+        ("patience", -1, r"--patience must be 0 \(off\) or more; got -1"),
+        ("max_minutes", float("nan"), r"--max-minutes must be 0 \(off\) or more; got nan"),
+        ("model", "", "--model must name a model; see `vitrail models`; got nothing"),
+        ("out", "", "--out must name a folder; got nothing"),
+        ("precision", "bf61", "--precision must be one of fp32, bf16, fp16; got 'bf61': did you mean bf16"),
+        ("device", "gpu", "--device must be one of auto, cpu, cuda, mps; got 'gpu'"),
+        ("log", "csb", "--log must be one of csv, tensorboard; got 'csb': did you mean csv"),
+        ("batch_size", 0, "batch_size must be at least 1; got 0"),
+        ("mixup", -1, "mixup and cutmix must be at least 0; got -1"),
+        ("lr", -1, "--lr must be positive; got -1"),
+    ],
+)
+def test_ranges_of_all_parts(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})
+
+
+def test_fp16_is_not_for_the_cpu():
+    with pytest.raises(ValueError, match="--precision must be fp32 or bf16 with --device cpu; got fp16"):
+        TrainConfig(precision="fp16", device="cpu")
+
+
+def test_other_spellings_are_taken():
+    config = TrainConfig.from_dict({"learning_rate": 1e-3, "num_epochs": 7, "mixup_alpha": 0.2, "output_dir": "x"})
+    assert (config.lr, config.epochs, config.mixup, config.out) == (1e-3, 7, 0.2, "x")
+    with pytest.raises(TypeError, match="got both lr and learning_rate"):
+        TrainConfig.from_dict({"lr": 1.0, "learning_rate": 1.0})
+    with pytest.raises(TypeError, match="no argument 'epoch'; the nearest is epochs"):
+        TrainConfig.from_dict({"epoch": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr", "fast", "--lr takes a number; got 'fast'"),
+        ("lr", True, "--lr takes a number; got True"),
+        ("epochs", 2.5, "--epochs takes a whole number; got 2.5"),
+        ("debug", 1, "--debug takes true or false; got 1"),
+        ("img_size", "big", "--img-size takes a whole number or none; got 'big'"),
+        ("out", 3, "--out takes a text; got 3"),
+    ],
+)
+def test_wrong_types_are_named(name, value, message):
+    with pytest.raises(TypeError, match=message):
+        TrainConfig.from_dict({name: value})
+
+
+def test_yaml_holds_what_differs_and_comes_back(tmp_path):
+    config = TrainConfig(lr=1e-3, min_lr=1e-7, img_size=32, in_memory=True, auto_augment="rand", out="runs/é")
+    config.to_yaml(tmp_path / "a.yaml", header="vitrail train …\n2 minutes on 2 cores")
+    text = (tmp_path / "a.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# vitrail train …\n# 2 minutes on 2 cores\n")
+    assert "epochs" not in text
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml") == config
+
+
+def test_yaml_without_changes_is_the_defaults(tmp_path):
+    TrainConfig().to_yaml(tmp_path / "a.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "a.yaml: TrainConfig has no argument 'epoch'; the nearest is epochs"),
+        ("lr: -1", "a.yaml: --lr must be positive; got -1"),
+        ("- 3", "a.yaml: a config holds lines such as `epochs: 100`; got list"),
+        ("lr: [", "a.yaml: while parsing"),
+    ],
+)
+def test_a_bad_yaml_names_the_file(text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_yaml(tmp_path / "a.yaml")
+
+
+def test_yaml_reads_what_people_write(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\nbatch-size: 64\nwarmup_epochs: 1\n")
+    config = TrainConfig.from_yaml(tmp_path / "a.yaml")
+    assert (config.lr, config.batch_size, config.warmup_epochs) == (1e-3, 64, 1.0)
+    assert isinstance(config.warmup_epochs, float)
+
+
+def test_no_field_is_defined_twice():
+    own = [n for cls in TrainConfig.__mro__ for n in vars(cls).get("__annotations__", {})]
+    assert sorted(own) == sorted({f.name for f in fields(TrainConfig)})

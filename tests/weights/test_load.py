@@ -1,0 +1,205 @@
+"""Names and folders become networks; whatever does not fit is refused by name, and nothing is left half-done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail import folder
+from vitrail.folder import FolderError, read_weights, write_folder
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model
+from vitrail.records import Preprocess
+from vitrail.weights import load
+from vitrail.weights.load import SHIPPED, Shipped, create_model, load_model
+
+
+@pytest.fixture(scope="module")
+def made() -> Backbone:
+    torch.manual_seed(0)
+    model = build_model("vit_debug", num_classes=3, depth=2)
+    model.classes, model.images = ("red", "white", "platelet"), "blood cells"
+    model.preprocess = Preprocess(img_size=(32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode="squash")
+    return model.eval()
+
+
+@pytest.fixture
+def saved(made: Backbone, tmp_path: Path) -> Path:
+    return made.save_pretrained(tmp_path / "cells", accuracy=0.9)
+
+
+@pytest.fixture
+def shipped(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHIPPED, "cells", Shipped(saved, "three kinds of cells"))
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | changes))
+    (path / "manifest.json").write_text(folder._manifest(path))
+
+
+# ---- folders
+
+
+@torch.no_grad()
+def test_a_saved_model_answers_the_same(made: Backbone, saved: Path):
+    model = load_model(saved)
+    assert torch.equal(model(images()), made(images()))
+    assert not any(part.training for part in model.modules())
+    for name in ("config", "preprocess", "classes", "images", "variant"):
+        assert getattr(model, name) == getattr(made, name), name
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_run_folder_is_loaded_by_its_name(made: Backbone, tmp_path: Path):
+    made.save_pretrained(tmp_path / "runs" / "demo" / "model")
+    assert load_model(str(tmp_path / "runs" / "demo")).classes == made.classes
+
+
+@torch.no_grad()
+def test_half_precision_files_become_fp32(made: Backbone, tmp_path: Path):
+    path = write_folder(tmp_path / "half", made.state_dict(), made.card(), dtype=torch.float16)
+    model = load_model(path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.allclose(model(images()), made(images()), atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_derived_buffer_is_filled(tmp_path: Path):
+    made = build_model("vit_debug", pos_embed="sincos", depth=1).eval()
+    before = torch.get_rng_state()
+    model = load_model(made.save_pretrained(tmp_path / "sincos"))
+    assert torch.equal(model(images()), made(images()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_a_loaded_model_is_its_own(made: Backbone, saved: Path):
+    """Neither training it nor replacing the file changes the other."""
+    model = load_model(saved)
+    expected = model(images())
+    write_folder(saved, {name: torch.zeros_like(v) for name, v in made.state_dict().items()}, made.card())
+    (saved / "model.safetensors").write_bytes(bytes(8))
+    assert torch.equal(model(images()), expected)
+
+
+def test_weights_must_fit(made: Backbone, tmp_path: Path):
+    state = made.state_dict()
+    kept = {k: v for k, v in state.items() if not k.startswith("blocks.1.")} | {
+        f"mine.{i}": torch.zeros(1) for i in range(12)
+    }
+    path = write_folder(tmp_path / "m", kept, made.card())
+    with pytest.raises(
+        FolderError, match=r"missing: blocks\.1\.norm1\.weight, .* and 2 more; extra: mine\.0, .* and 2 more"
+    ):
+        load_model(path)
+    path = write_folder(tmp_path / "n", state | {"head.weight": torch.zeros(4, 48)}, made.card())
+    with pytest.raises(FolderError, match=r"wrong shape: head\.weight \(4, 48\) for \(3, 48\)"):
+        load_model(path)
+    path = write_folder(tmp_path / "o", state | {"head.bias": torch.zeros(3).long()}, made.card())
+    with pytest.raises(FolderError, match=r"wrong type: head\.bias torch\.int64"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"family": "bert"}, "family must be one of vit.*got 'bert'"),
+    ({"config": {"depht": 3}}, "its config makes no vit: .*'depht'"),
+    ({"config": {"depth": "three"}}, "its config makes no vit"),
+    ({"config": {"embed_dim": -4}}, "embed_dim must be at least 1; got -4"),
+    ({"config": {"patch_size": 0}}, "its config makes no vit"),
+    ({"config": {"num_heads": 7}}, "its config makes no vit"),
+    ({"config": {}}, "weights must fit the config exactly"),
+    ({"config": {"embed_dim": 900_000, "num_heads": 1, "depth": 1}}, "weights must fit the config exactly"),
+    ({"classes": ["a", "b"]}, "classes must name all 3 logits; config.json has 2 names"),
+    ({"preprocess": {"mean": [0.5], "std": [0.5]}}, "must describe 3 channels.*config.json has 1"),
+])  # fmt: skip
+def test_a_card_that_describes_another_network_is_refused(saved: Path, changes: dict[str, Any], message: str):
+    rewrite(saved, **changes)
+    with pytest.raises(FolderError, match=message):
+        load_model(saved)
+
+
+def test_damaged_weights_are_refused(saved: Path):
+    data = bytearray((saved / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(data)
+    with pytest.raises(FolderError, match=r"cells/model\.safetensors: damaged"):
+        load_model(saved)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_what_is_no_model_says_what_there_is(saved: Path):
+    with pytest.raises(
+        FolderError, match=r"celsl does not exist.*nearest beside it is .*cells; by name there is bloodcells, cells"
+    ):
+        load_model(saved.parent / "celsl")
+    for name in ("vit_tiny", "vit_base_patch16_224"):
+        with pytest.raises(
+            FolderError, match=rf"{name} is an architecture without weights.*create_model\('{name}'\).*cells"
+        ):
+            load_model(name)
+
+
+# ---- names
+
+
+def test_a_name_builds_fresh_weights():
+    model = create_model("vit_tiny", image_size=32, n_classes=7, depth=1)
+    assert model.variant == "vit_tiny_patch4_32" and model.config.num_classes == 7 and model.training
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_shipped_model_by_its_name(made: Backbone):
+    with torch.no_grad():
+        assert torch.equal(load_model("cells")(images()), made(images()))
+    model = create_model("cells", pretrained=True)
+    assert model.training and model.classes == made.classes
+    with pytest.raises(ValueError, match=r"use create_model\('cells', pretrained=True\)"):
+        create_model("cells")
+
+
+@pytest.mark.usefixtures("shipped")
+def test_known_weights_with_another_head(made: Backbone):
+    model = create_model("cells", pretrained=True, num_labels=8, drop_path=0.2)
+    assert model.config.num_classes == 8 and model.config.drop_path_rate == 0.2 and model.classes == ()
+    assert model.head.weight.shape == (8, 48)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, made.blocks[1].mlp.fc1.weight)
+    assert create_model("cells", pretrained=True, num_classes=3).classes == made.classes
+    with pytest.raises(FolderError, match=r"missing: blocks\.2\.norm1\.weight"):
+        create_model("cells", pretrained=True, depth=3)
+    with pytest.raises(TypeError, match="nearest is depth"):
+        create_model("cells", pretrained=True, depht=3)
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize(("name", "near"), [("vit_base", ""), ("cels", ", and no such model: the nearest are cells")])
+def test_unknown_weights_list_the_known(name: str, near: str):
+    with pytest.raises(ValueError, match=rf"for '{name}'{near}.*cells \(three kinds of cells\); load_model\(path\)"):
+        create_model(name, pretrained=True)
+
+
+def test_a_name_wins_over_a_folder_of_that_name(made: Backbone, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(saved.parent)
+    monkeypatch.setitem(SHIPPED, "cells", Shipped(saved.parent / "elsewhere", ""))
+    made.save_pretrained(saved.parent / "elsewhere", accuracy=1)
+    read: list[Path] = []
+    monkeypatch.setattr(load, "read_weights", lambda path: read.append(path) or read_weights(path))
+    load_model("cells")
+    load_model("./cells")
+    assert [path.name for path in read] == ["elsewhere", "cells"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_model_loads_and_says_what_it_is_for(name: str):
+    model = load_model(name)
+    assert model.classes and model.images and model.variant
+    assert sum(part.stat().st_size for part in SHIPPED[name].folder.iterdir()) < 3_000_000
