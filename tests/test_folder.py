@@ -161,6 +161,14 @@ def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path: Path):
         assert read_card(write_folder(path, state(), CARD)) == CARD
 
 
+def test_what_was_read_does_not_change_with_the_file(model: Path):
+    read = read_weights(model)
+    size = (model / "model.safetensors").stat().st_size
+    with (model / "model.safetensors").open("r+b") as file:
+        file.write(bytes(size))
+    assert all(torch.equal(read[name], value) for name, value in state().items())
+
+
 # ---- finding
 
 

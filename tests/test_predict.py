@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitrail.data.images import ImageError
+from vitrail.images import ImageError
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.predict import Predictor, ViTClassifier

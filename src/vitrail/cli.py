@@ -17,15 +17,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from vitrail.images import SUFFIXES
 from vitrail.names import TRAIN_SPELLINGS, nearest
 from vitrail.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from vitrail.predict import ViTClassifier
 
 BARE = {"json": "true", "debug": "true", "download": "true", "auto_augment": "auto"}
 """flags that may stand without a value, and what they mean then"""
@@ -84,7 +88,7 @@ def predict(
     as_json: Annotated[bool, "print one JSON object a line"] = False,
 ) -> None:
     """Classify images."""
-    predictor = _predictor(model, device)
+    predictor = _predictor(model, device, sys.stderr if as_json else sys.stdout)
     for answer in predictor.predict(_expand(images), top=top):
         rest = ", ".join(f"{label} {share:.1%}" for label, share in answer.top[1:])
         print(json.dumps(answer.to_dict()) if as_json else f"{answer.id}  {answer}" + (f"  ({rest})" if rest else ""))
@@ -104,7 +108,7 @@ def explain(
     """Draw where a model looked."""
     from vitrail.visualize import AttentionVisualizer
 
-    visualizer = AttentionVisualizer(_predictor(model, device))
+    visualizer = AttentionVisualizer(_predictor(model, device, sys.stdout))
     for image in _expand(images):
         for path in visualizer.save(image, Path(out), method=method, layers=layers, heads=heads):
             print(path)
@@ -184,7 +188,7 @@ def _parse(name: str, command: Callable[..., None], words: list[str]) -> tuple[l
     positional, flags = [], {}
     for parameter in parameters.values():
         if is_dataclass(kind := hints[parameter.name]):
-            positional.append(kind(**{f.name: found[f.name] for f in fields(kind)}))
+            positional.append(kind(**{f.name: found[f.name] for f in fields(kind)}))  # type: ignore[operator]
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(found[parameter.name])
         else:
@@ -195,8 +199,9 @@ def _parse(name: str, command: Callable[..., None], words: list[str]) -> tuple[l
 class _Parser(ArgumentParser):
     """Shows flags with dashes; underscores are taken as well."""
 
-    def format_help(self) -> str:
-        return re.sub(r"(?<![\w-])--(\w+)", lambda m: "--" + m[1].replace("_", "-"), super().format_help())
+    def format_help(self, formatter: Any = None) -> str:
+        text = super().format_help(formatter)
+        return re.sub(r"(?<![\w-])--(\w+)", lambda m: "--" + m[1].replace("_", "-"), text)
 
 
 def _flag(parameter: str) -> str:
@@ -204,21 +209,23 @@ def _flag(parameter: str) -> str:
 
 
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         parser.add_argument("--config", metavar="FILE", help="a YAML file of flags; flags on the command line win")
         for part in reversed([base for base in hint.__mro__ if is_dataclass(base)]):
             _add_settings(parser, part)
         return
     kind, text = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     item = _list_item(kind)
-    options: dict[str, Any] = {"type": item or kind, "help": text, **({"nargs": "+"} if item else {})}
+    options: dict[str, Any] = {"type": item or kind, "help": text}
+    if item:
+        options["nargs"] = "+"
     if parameter.default is not parameter.empty:
         options["default"] = parameter.default
     if parameter.kind is not parameter.POSITIONAL_ONLY:
         required = parameter.default is parameter.empty
         parser.add_argument(f"--{_flag(parameter.name)}", required=required, **options)
     else:
-        parser.add_argument(parameter.name, **options, **({"nargs": "?"} if "default" in options else {}))
+        parser.add_argument(parameter.name, **({"nargs": "?", **options} if "default" in options else options))
 
 
 def _add_settings(parser: ArgumentParser, part: type) -> None:
@@ -235,7 +242,7 @@ def _list_item(kind: Any) -> type | None:
     """`list[int]` or `list[int] | None` -> int; anything else -> None."""
     for choice in (kind, *get_args(kind)):
         if get_origin(choice) is list:
-            return get_args(choice)[0]  # type: ignore[no-any-return]
+            return get_args(choice)[0]
     return None
 
 
@@ -272,12 +279,13 @@ def _spelled(parser: ArgumentParser, words: list[str]) -> list[str]:
     return result
 
 
-def _predictor(model: str, device: str) -> Predictor:
+def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
+    """The model that is named; where none is, the shipped one, which then says what it is and for what images."""
     from vitrail.predict import ViTClassifier
 
     predictor = ViTClassifier.from_pretrained(model or SHIPPED, device=device)
     if not model:
-        _say(f"model: {SHIPPED} ({predictor.model.variant}), for {predictor.model.images}")
+        print(f"model: {SHIPPED} ({predictor.model.variant}), for {predictor.model.images}", file=stream)
     return predictor
 
 

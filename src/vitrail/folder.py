@@ -241,7 +241,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     _verify(path, WEIGHTS)
     file = path / WEIGHTS
     try:
-        return load_file(file)
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}  # the loaded ones lie in the file
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise FolderError(f"{file}: not a readable safetensors file ({error}): fetch or write it again") from None
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitrail.data.images import read_image, to_tensor
 from vitrail.data.transforms import eval_transform
+from vitrail.images import read_image, to_tensor
 from vitrail.models.backbone import Backbone
 from vitrail.records import Classification, Preprocess
 from vitrail.tasks.base import evaluating, pick_device

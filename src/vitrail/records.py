@@ -240,7 +240,7 @@ class History:
         return [row[name] for row in self._having(name)]
 
     def best(self, name: str, mode: Literal["max", "min"] = "max") -> dict[str, float]:
-        """The row with the best `name`, the earliest of equals; NaN is never better. Raises `KeyError` if none has it."""
+        """The row with the best `name`, the earliest of equals, NaN last. Raises `KeyError` where no row has it."""
         sign = 1 if mode == "max" else -1
         return max(self._having(name), key=lambda row: (not math.isnan(row[name]), sign * row[name]))
 

@@ -1,7 +1,7 @@
 """A finished run -> its figures on held-out images and one page that explains them.
 
-    best weights + held-out images ── evaluate ──> metrics.json
-                                   └─ some right, some wrong, each with its rollout ──> report.html
+best weights + held-out images ── evaluate ──> metrics.json
+                               └─ some right, some wrong, each with its rollout ──> report.html
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from vitrail.data.imagesets import Splits
 from vitrail.draw.pages import RunReport, Sample, training_report, write_page
 from vitrail.explain.maps import explain
+from vitrail.explain.record import NoAttentionError
 from vitrail.files import write_whole
 from vitrail.records import Batch, Classification, History
 from vitrail.tasks.base import as_batch, evaluate, evaluating
@@ -28,7 +29,10 @@ from vitrail.tasks.classify import Classify
 
 SAMPLES = 6
 """right answers shown, and as many wrong ones"""
-TABLES = ("precision", "recall", "f1", "confusion", "reliability")
+NOTES = (
+    "The epoch that was kept is the best on the validation images; the figures are of test images that chose nothing.",
+    "The wrong answers shown are the most confident ones, so they look worse than the typical mistake.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,6 @@ def report_run(
 ) -> dict[str, Tensor]:
     """Measures `task` on held-out images, writes `metrics.json` and `report.html` into `out`, returns the figures."""
     figures = evaluate(task, loader)
-    tables = {name: figures[name] for name in TABLES}
     scores = {name: float(value) for name, value in figures.items() if value.ndim == 0}
     samples = [_sample(task, shown) for shown in choose_samples(task, loader)]
     model = task.backbone
@@ -72,18 +75,22 @@ def report_run(
         history=history,
         split="test",
         figures=scores,
+        precision=figures["precision"],
+        recall=figures["recall"],
+        f1=figures["f1"],
+        confusion=figures["confusion"],
+        reliability=figures["reliability"],
         samples=samples,
-        **tables,
+        notes=NOTES,
     )
-    write_whole(out / "metrics.json", json.dumps(_metrics(report, scores, tables), indent=1))
+    write_whole(out / "metrics.json", json.dumps(_metrics(report, figures), indent=1))
     write_page(out / "report.html", training_report(report))
     return figures
 
 
-def _metrics(report: RunReport, scores: dict[str, float], tables: dict[str, Tensor]) -> dict[str, Any]:
-    kept = {name: table.tolist() for name, table in tables.items()}
+def _metrics(report: RunReport, figures: dict[str, Tensor]) -> dict[str, Any]:
     facts = {name: getattr(report, name) for name in ("data", "split", "command", "machine", "date", "seconds")}
-    return {**facts, "classes": list(report.classes), **scores, **kept}
+    return {**facts, "classes": list(report.classes), **{name: value.tolist() for name, value in figures.items()}}
 
 
 def choose_samples(task: Classify, loader: Iterable[Any], each: int = SAMPLES) -> list[Shown]:
@@ -115,11 +122,9 @@ def _sample(task: Classify, shown: Shown) -> Sample:
     ready = task.backbone.preprocess.normalise(shown.picture).to(task.device)
     try:
         explanation = explain(task.backbone, ready, "rollout")
-    except ValueError:  # a network that does not attend has nothing to roll out
+    except NoAttentionError:  # a convolutional network has nothing to roll out
         explanation = None
-    return Sample(
-        image=shown.picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation
-    )
+    return Sample(image=shown.picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
 
 
 def machine() -> str:

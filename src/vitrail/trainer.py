@@ -1,34 +1,36 @@
 """One command's worth of work: images, model, training, evaluation, report; and `ViTTrainer` for loaders of your own.
 
-    TrainConfig ── run_training ──> runs/NAME/  config.yaml  history.csv  checkpoints/  model/  metrics.json  report.html
+TrainConfig ── run_training ──> runs/NAME/  config.yaml  history.csv  checkpoints/  model/  metrics.json  report.html
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vitrail.data.augment import BatchAugment
 from vitrail.data.datasets import DataConfig, load_splits
 from vitrail.data.imagesets import Splits
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import eval_transform, train_transform
+from vitrail.files import write_whole
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
-from vitrail.models.vit import ViTConfig, VisionTransformer
+from vitrail.models.vit import VisionTransformer, ViTConfig
 from vitrail.names import TRAIN_SPELLINGS, normalise_kwargs
-from vitrail.records import History
+from vitrail.records import Batch, History
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
-from vitrail.train.engine import fit
+from vitrail.train.engine import Loader, fit
 from vitrail.weights.load import create_model, load_model
 
 DEMO = files("vitrail") / "assets" / "demo.yaml"
@@ -48,7 +50,10 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     )  # fmt: skip
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
     out = Path(config.out)
-    history = fit(task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume)
+    write_whole(out / "splits.json", json.dumps(splits.record(), indent=1))
+    history = fit(
+        task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume
+    )
     best = Classify(load_model(out).to(pick_device(config.device)))
     report_run(out, best, eval_loader(splits, "test", model, config), splits, history, _facts(config))
     return history
@@ -58,7 +63,9 @@ def resume_training(run: str | Path) -> History:
     """Goes on with a run folder where its last checkpoint stands."""
     path = Path(run) / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`")
+        raise ValueError(
+            f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`"
+        )
     return run_training(replace(TrainConfig.from_yaml(path), out=str(run)), resume=True)
 
 
@@ -68,13 +75,13 @@ def demo_config(out: str = "runs/demo") -> TrainConfig:
 
 
 def make_model(config: TrainConfig, splits: Splits) -> Backbone:
-    """A fresh model for these images: their size, channels, classes and preprocessing. Says what a short name became."""
+    """A fresh model for these images: size, channels, classes, preprocessing. Says what a short name became."""
     preprocess = splits.preprocess(config.img_size)
     row = resolve_name(config.model, min(preprocess.img_size))
     if row != config.model:
         print(f"{config.model} is {row}, for images of {min(preprocess.img_size)} pixels")
     known = {f.name for f in fields(FAMILIES[ROWS[row]].config)}
-    wanted = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    wanted: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
     refused = [name for name, value in wanted.items() if value and name not in known]
     if refused:
         raise ValueError(f"{row} has no {', '.join(refused)}; got {wanted[refused[0]]}: leave it out")
@@ -86,7 +93,7 @@ def make_model(config: TrainConfig, splits: Splits) -> Backbone:
     return model
 
 
-def eval_loader(splits: Splits, part: str, model: Backbone, config: DataConfig) -> Iterable[Any]:
+def eval_loader(splits: Splits, part: str, model: Backbone, config: DataConfig) -> DataLoader[Batch]:
     """One pass over a part of the data, as the model's preprocessing wants it."""
     images = {"train": splits.train, "val": splits.val, "test": splits.test}[part]
     return make_loader(
@@ -111,10 +118,13 @@ def evaluate_model(
     splits = load_splits(config)
     if splits.classes != model.classes:
         raise ValueError(
-            f"{data} has the classes {', '.join(splits.classes[:5])}{' …' * (len(splits.classes) > 5)}; "
-            f"{name} was trained on {', '.join(model.classes[:5])}{' …' * (len(model.classes) > 5)}: take data like its own"
+            f"{name} knows the classes {_some(model.classes)}; {data} has {_some(splits.classes)}: take data like its own"
         )
     return evaluate(Classify(model), eval_loader(splits, split, model, config))
+
+
+def _some(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:5]) + (f" … ({len(classes)})" if len(classes) > 5 else "")
 
 
 class ViTTrainer:
@@ -127,9 +137,7 @@ class ViTTrainer:
         self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
         self.device, self.out = device, out
 
-    def train(
-        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, **settings: Any
-    ) -> History:
+    def train(self, train_loader: Loader, val_loader: Loader | None = None, **settings: Any) -> History:
         """Trains and returns the epochs' figures; `settings` are fields of `TrainConfig` in any known spelling.
 
         Raises `TypeError` for an unknown setting, naming the nearest, and `ValueError` for a bad value.

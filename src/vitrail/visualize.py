@@ -1,6 +1,6 @@
 """Attention of one image as pictures: a thin class over prediction, explanation and drawing.
 
-    image ── Predictor.prepare ──> what the network sees ── explain ──> Explanations (h, w) ── draw ──> figures
+image ── Predictor.prepare ──> what the network sees ── explain ──> Explanations (h, w) ── draw ──> figures
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vitrail.predict import Predictor
 from vitrail.records import Explanation, Preprocess
 
 METHODS = ("rollout", "attention")
+Fusing = Literal["mean", "max", "min"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class AttentionVisualizer:
     ) -> None:
         if isinstance(model, str | Path):
             model = Predictor.from_pretrained(model, device=device)
-        self.predictor = model if isinstance(model, Predictor) else Predictor(model, preprocess=preprocess, device=device)
+        self.predictor = (
+            model if isinstance(model, Predictor) else Predictor(model, preprocess=preprocess, device=device)
+        )
 
     def generate_attention_maps(
         self, image: AnyImage, layers: Sequence[int] | None = None, heads: str | int = "mean"
@@ -90,7 +93,7 @@ class AttentionVisualizer:
         return self.plot_attention_maps(AttentionMaps(picture, tuple(maps)), save_path)
 
     def rollout(
-        self, image: AnyImage, fusion: str = "mean", discard: float = 0.0, save_path: str | Path | None = None
+        self, image: AnyImage, fusion: Fusing = "mean", discard: float = 0.0, save_path: str | Path | None = None
     ) -> Drawing:
         """The picture beside its attention rollout over all layers (Abnar and Zuidema 2020), and the answer."""
         picture, heat, answer = self._rollout(image, fusion, discard)
@@ -108,9 +111,8 @@ class AttentionVisualizer:
     ) -> list[Path]:
         """Writes the pictures of one image file into the folder `out` as PNG and returns their paths."""
         if method not in METHODS:
-            raise ValueError(
-                f"method must be one of {', '.join(METHODS)}; got {method!r}: did you mean {nearest(method, METHODS, 1)[0]}?"
-            )
+            close = nearest(method, METHODS, 1)[0]
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}: did you mean {close}?")
         out, stem = Path(out), Path(image).stem
         if method == "rollout":
             if layers is not None:
@@ -129,18 +131,16 @@ class AttentionVisualizer:
         self.plot_attention_maps(AttentionMaps(maps.picture, tuple(m for m in maps if m.layer == layer)), path)
         return path
 
-    @torch.no_grad()
     def _record(self, image: AnyImage, layers: Sequence[int] | None) -> tuple[Tensor, list[AttentionMap]]:
         picture, ready = self.predictor.look(image)
         with record_attention(layers=layers) as record:
-            self.predictor.model(ready)
+            self.predictor.logits(ready)
         return picture, record.maps
 
-    @torch.no_grad()
-    def _rollout(self, image: AnyImage, fusion: str, discard: float) -> tuple[Tensor, Tensor, str]:
+    def _rollout(self, image: AnyImage, fusion: Fusing, discard: float) -> tuple[Tensor, Tensor, str]:
         picture, ready = self.predictor.look(image)
         with record_attention() as record:
-            logits = self.predictor.model(ready)
+            logits = self.predictor.logits(ready)
         heat = rollout_map(record.maps, fusion=fusion, discard=discard)[0]
         return picture, heat.cpu(), str(self.predictor.answer(logits)[0])
 
@@ -167,10 +167,10 @@ def _head(heads: str | int) -> str | int:
     return int(heads) if isinstance(heads, int) or heads.isdecimal() else heads
 
 
-def _fusion(heads: str | int) -> str:
+def _fusion(heads: str | int) -> Fusing:
     if heads not in ("mean", "max", "min"):
         raise ValueError(f"rollout fuses heads by mean, max or min; got {heads!r}: or take --method attention")
-    return str(heads)
+    return cast(Fusing, heads)
 
 
 def _heads_title(heads: str) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitrail.data import bloodcells as cells
 from vitrail.data.bloodcells import bloodcells, bloodcells_boxes, bloodcells_photo, bloodcells_samples, square_around
-from vitrail.data.images import read_image
+from vitrail.images import read_image
 
 
 @pytest.fixture(scope="module")

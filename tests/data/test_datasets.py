@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vitrail.data.datasets import DataConfig, DataError, image_folder, load_splits
-from vitrail.data.images import ImageError, UnequalSizesError
 from vitrail.data.imagesets import FileSet, TensorSet
+from vitrail.images import ImageError, UnequalSizesError
 
 
 def config(root, data="folder", **changes):

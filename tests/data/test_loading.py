@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings, strategies as st
 
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig, image_folder, load_splits
-from vitrail.data.images import ImageError
 from vitrail.data.loading import OrderedBatches, draw_seed, get_data_loaders, make_loader
 from vitrail.data.transforms import RandomResizedCrop, eval_transform, train_transform
+from vitrail.images import ImageError
 from vitrail.records import Preprocess
 
 TINY = Preprocess(img_size=(6, 6))

@@ -279,6 +279,11 @@ def test_query_and_key_norm_fix_the_length_of_each_head(norm: str) -> None:
     layer.qkv.weight[:48] *= 7
     layer.qkv.bias[:48] *= 7
     assert torch.allclose(layer(x), before, atol=1e-3)
+    for parameter in layer.k_norm.parameters():
+        parameter.zero_()  # keys of zero: every value weighs the same
+    assert torch.allclose(
+        layer(x), layer.proj(layer.qkv(x)[..., 48:].mean(1, keepdim=True)).expand(2, 7, 24), atol=1e-6
+    )
     assert isinstance(layer.q_norm, type(NORMS[norm](8)))
     assert layer.q_norm.weight.shape == (8,)
 

@@ -312,15 +312,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(img_size=0), r"img_size must be at least 1; got \(0, 0\)"),
     (dict(img_size=(32, -8)), r"img_size must be at least 1; got \(32, -8\)"),
     (dict(patch_size=0), r"patch_size must be at least 1; got \(0, 0\)"),
-    *[(dict([(name, 0)]), f"{name} must be at least 1; got 0") for name in ("embed_dim", "depth", "num_heads", "in_chans")],
-    *[(dict([(name, -1)]), f"{name} must be at least 0; got -1") for name in ("num_classes", "reg_tokens")],
+    *[({name: 0}, f"{name} must be at least 1; got 0") for name in ("embed_dim", "depth", "num_heads", "in_chans")],
+    *[({name: -1}, f"{name} must be at least 0; got -1") for name in ("num_classes", "reg_tokens")],
+    (dict(embed_dim=0, mlp_dim=3), "embed_dim must be at least 1; got 0"),
     *[
-        (dict([(f"{name}_rate", rate)]), rf"{name}_rate must lie in \[0, 1\); got {rate}")
+        ({f"{name}_rate": rate}, rf"{name}_rate must lie in \[0, 1\); got {rate}")
         for name in ("drop", "pos_drop", "proj_drop", "attn_drop", "drop_path")
         for rate in (-0.1, 1.0)
     ],
     (dict(mlp_ratio=0), "mlp_ratio must leave a hidden width of at least 1; got 0: the usual is 4"),
-    (dict(global_pool="token", class_token=False), "global_pool 'token' needs class_token=True; got False: use global_pool='avg'"),
+    (dict(class_token=False), "global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'"),
     (dict(global_pool="tokens"), "global_pool must be one of token, avg, map; got 'tokens': did you mean token"),
     (dict(pos_embed="sin"), "pos_embed must be one of learn, sincos, none; got 'sin': did you mean sincos"),
     (dict(embed="linera"), "embed must be one of conv, linear; got 'linera': did you mean linear"),
@@ -339,6 +340,6 @@ def test_wrong_values_say_the_rule_and_the_mend(wrong: dict[str, Any], message: 
         VisionTransformer(**{**SMALL, **wrong})
 
 
-def test_a_layer_scale_of_nothing_is_left_out_only_by_none() -> None:
+def test_layer_scale_is_left_out_by_none_only() -> None:
     assert isinstance(build(init_values=None).blocks[0].ls1, nn.Identity)
-    assert not isinstance(build(init_values=1e-5).blocks[0].ls1, nn.Identity)
+    assert [build(init_values=value).blocks[0].ls2.init_values for value in (1e-5, 0.0)] == [1e-5, 0.0]

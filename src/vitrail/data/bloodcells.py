@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data.images import open_image
 from vitrail.data.imagesets import TensorSet
+from vitrail.images import open_image
 
 CLASSES = ("Platelets", "RBC", "WBC")
 MARGIN = 1.25

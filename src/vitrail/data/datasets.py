@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vitrail.data.bloodcells import bloodcells
-from vitrail.data.images import SUFFIXES, UnequalSizesError, open_image, read_images
 from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
+from vitrail.images import SUFFIXES, UnequalSizesError, open_image, read_images
 from vitrail.names import nearest
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

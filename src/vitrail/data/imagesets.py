@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrail.data.images import read_image
+from vitrail.images import read_image
 from vitrail.records import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess
 
 DECODED_SIZE = 224

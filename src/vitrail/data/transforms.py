@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.data.augment import AugmentConfig, crop_kind
-from vitrail.data.images import to_tensor
+from vitrail.images import to_tensor
 from vitrail.records import Preprocess
 
 ASPECT = (3 / 4, 4 / 3)

@@ -23,17 +23,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitrail.draw.canvas import INK, SMALL, Drawing
+from vitrail.images import open_image, to_rgb
 from vitrail.names import nearest
 from vitrail.records import Explanation
 
 Pixels = NDArray[np.uint8]
 AnyImage = Image.Image | Tensor | str | Path
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""what a path may hold: decoders that run no code and read no other file"""
 PANEL = 2.2
 """inches"""
 SHARP = 224
@@ -50,10 +49,10 @@ def to_picture(image: AnyImage) -> Pixels:
     if isinstance(image, Tensor):
         return _from_tensor(image)
     if isinstance(image, str | Path):
-        image = _opened(Path(image))
+        return np.array(open_image(image))
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image is a PIL image, a path or a (C, H, W) tensor; got {type(image).__name__}")
-    return np.array(_on_white(ImageOps.exif_transpose(image)))
+    return np.array(to_rgb(ImageOps.exif_transpose(image)))
 
 
 def overlay(
@@ -163,25 +162,6 @@ def _to_bytes(image: Tensor) -> Tensor:
             " preprocess.denormalise(image)"
         )
     return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image that can be read here ({', '.join(FORMATS)})") from None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _resized(picture: Pixels, size: tuple[int, int] | None) -> Pixels:

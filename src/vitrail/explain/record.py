@@ -51,6 +51,10 @@ MIXING = {
 FOLLOWED = MATMULS | CARRIED | {"softmax", "permute", "linear", "conv2d"}
 
 
+class NoAttentionError(ValueError):
+    """Nothing attended where it could be seen. The message says what cannot be seen, and what to do."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
     """What one attention layer weighed the values with, for the heads and queries that were asked for."""
@@ -166,7 +170,11 @@ def _squares(rows: int) -> list[tuple[int, int]]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every torch call of this thread. Torch takes a mode off while it handles a call, so none counts twice."""
+    """Sees every torch call of this thread.
+
+    Torch takes a mode off while it handles a call: what happens inside one, a backward pass with layers that are run
+    again included, does not count twice.
+    """
 
     def __init__(self, choice: Choice, grad: bool, geometry: _Geometry) -> None:
         super().__init__()
@@ -180,8 +188,6 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed layer is run again in the backward pass
-            return func(*args, **kwargs)
         with _saving_plainly() if self.grad else nullcontext():
             return self._attention(func, args, kwargs) if func in CALLS else self._other(func, args, kwargs)
 
@@ -189,7 +195,7 @@ class _Recorder(TorchFunctionMode):
         """Raises `ValueError` if what was asked for was not there."""
         depth = self.record.depth
         if depth == 0:
-            raise ValueError(
+            raise NoAttentionError(
                 "record_attention saw no attention: run the model inside the `with`, in the same thread. It cannot see "
                 "FlashAttention packages, FlexAttention, graphs compiled by other means (torch.jit, exported, ONNX), "
                 "nor other threads (DataParallel): switch the model to sdpa or eager attention"

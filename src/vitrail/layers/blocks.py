@@ -111,11 +111,11 @@ class Block(nn.Module):
             dim, num_heads, qkv_bias=qkv_bias, qk_norm=make_norm if qk_norm else None,
             attn_drop=attn_drop, proj_drop=proj_drop, attn=attn,
         )  # fmt: skip
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = make_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:

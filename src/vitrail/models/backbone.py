@@ -196,7 +196,7 @@ def _derived(given: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]
     hidden = _only(given, "mlp_dim", "intermediate_size", "mlp_ratio")
     if hidden not in (None, "mlp_ratio"):
         widths = [value for word, value in given.items() if MODEL_SPELLINGS.get(word, word) == "embed_dim"]
-        given["mlp_ratio"] = _ratio(given.pop(hidden), (widths or [values["embed_dim"]])[0])
+        given["mlp_ratio"] = _ratio(given.pop(hidden), max(1, (widths or [values["embed_dim"]])[0]))
     return given
 
 

@@ -108,12 +108,16 @@ class ResNet(Backbone):
         """The maps after the stages named by `indices`; a ResNet has no final norm and no prefix tokens."""
         wanted = self.feature_indices(indices)
         states = self._through(images)
-        return Features([states[i] for i in wanted], [states[i].new_zeros(len(images), 0, states[i].shape[1]) for i in wanted])
+        return Features(
+            [states[i] for i in wanted], [states[i].new_zeros(len(images), 0, states[i].shape[1]) for i in wanted]
+        )
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none); `classes` is emptied."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.fc = nn.Linear(self.num_features, num_classes, device=self.conv1.weight.device) if num_classes else nn.Identity()
+        self.fc = (
+            nn.Linear(self.num_features, num_classes, device=self.conv1.weight.device) if num_classes else nn.Identity()
+        )
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -83,7 +83,7 @@ class Reliability(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         confidence, answer = preds.float().softmax(-1).max(-1)
-        index = ((confidence * self.bins).ceil().long() ).clamp(0, self.bins - 1)
+        index = ((confidence * self.bins).ceil().long() - 1).clamp(0, self.bins - 1)
         member = index[:, None] == torch.arange(self.bins, device=index.device)  # (B, bins)
         self.count += member.sum(0)
         self.confidence += (member * confidence[:, None]).sum(0)

@@ -115,9 +115,7 @@ def _load(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
         model.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
             model.init_weights()
-    # copies: what is read from disk may still lie in the file
-    own = {name: weights[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
-    model.load_state_dict(own, strict=True, assign=True)
+    model.load_state_dict({name: weights[name].to(like.dtype) for name, like in wanted.items()}, assign=True)
     model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
     return model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.data import images
-from vitrail.data.images import ImageError, UnequalSizesError, read_image, read_images, to_rgb
+from vitrail import images
+from vitrail.images import ImageError, UnequalSizesError, read_image, read_images, to_rgb
 
 
 def test_pixels_arrive_as_they_are(tmp_path):
