@@ -86,9 +86,10 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
         read_image(tmp_path / "big.png")
 
 
-def test_many_of_one_size_and_an_odd_one(make_folder):
-    root = make_folder("a", count=4)
-    paths = sorted(root.rglob("*.png"))
+def test_many_of_one_size_and_an_odd_one(tmp_path):
+    paths = [tmp_path / f"{n:03d}.png" for n in range(4)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (40 * n, n, 0)).save(path)
     assert torch.equal(read_images(paths), torch.stack([read_image(path) for path in paths]))
     Image.new("RGB", (9, 8)).save(paths[2])
     with pytest.raises(UnequalSizesError, match=r"002\.png: 9 x 8 pixels where the others have 8 x 8"):

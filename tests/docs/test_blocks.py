@@ -1,7 +1,9 @@
 """Every block of README.md and docs/*.md runs: Python, and lines that begin with `vitrail`.
 
-The blocks of one file run in order, in one namespace and one fresh folder that holds a `photo.jpg` and a small image
-folder `photos/`. A block under `<!-- not run: reason -->` is left out and counted; it must still be valid.
+The blocks of one file run in order, in one namespace and one fresh folder that holds a `photo.jpg`, a small image
+folder `photos/`, a `data/cifar10/` of the true layout with made pictures, and the project's `configs/` and `examples/`.
+`vitrail train` and `vitrail demo` run their recipes for one epoch of a few batches. A block under
+`<!-- not run: reason -->` is left out and counted; it must still be valid.
 """
 
 from __future__ import annotations
@@ -60,25 +62,36 @@ def run_shell(block: Block) -> None:
 
     for words in commands(block.text):
         try:
-            code = main(words)
+            code = main(shortened(words))
         except SystemExit as end:
             code = end.code
         assert not code, f"`vitrail {shlex.join(words)}` ended with {code}"
 
 
+def shortened(words: list[str]) -> list[str]:
+    """A training command for one epoch of a few batches; any other command as it is."""
+    return [*words, "--debug", "--epochs", "1"] if words[0] == "train" and "--resume" not in words else words
+
+
 def write_pictures(folder: Path) -> None:
-    """photo.jpg, and photos/ with two classes of eight pictures: dark and bright noise."""
+    """photo.jpg; photos/ with two classes of eight pictures, dark and bright noise; CIFAR-10's folders."""
     from PIL import Image
 
-    def write(path: Path, low: int) -> None:
+    def write(path: Path, low: int, size: tuple[int, int] = (64, 80)) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = torch.randint(low, low + 120, (64, 80, 3), dtype=torch.uint8)
+        noise = torch.randint(low, low + 120, (*size, 3), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(path)
 
     write(folder / "photo.jpg", 60)
     for number in range(8):
         write(folder / "photos" / "dark" / f"{number}.jpg", 0)
         write(folder / "photos" / "bright" / f"{number}.jpg", 130)
+    for part in ("train", "test"):
+        for number in range(20):
+            path = folder / "data" / "cifar10" / part / f"class{number % 10}" / f"{number}.jpg"
+            write(path, 6 * number, (32, 32))
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
 
 
 @pytest.mark.timeout(600)

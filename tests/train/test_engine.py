@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(every, train, make_task, tmp_pa
 _METER = engine.LossMeter
 
 
+def test_on_the_cpu_a_bad_loss_never_reaches_the_weights(make_task, fingerprint):
+    task = make_task()
+    before, loader = fingerprint(task), [(torch.full((2, 3, 8, 8), float("nan")), torch.tensor([0, 1]))]
+    with pytest.raises(NonFiniteLoss, match="got nan in epoch 1, batch 1"):
+        fit(task, loader, None, TrainConfig(device="cpu"))
+    assert fingerprint(task) == before
+
+
 def test_weights_that_are_not_finite_are_never_kept(train, make_task, tmp_path):
     task = make_task()
 
@@ -257,6 +265,15 @@ def test_fp16_is_refused_where_auto_finds_a_cpu(train, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--precision must be fp32 or bf16 on the CPU; got fp16"):
         train(device="auto", precision="fp16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(precision, train, make_task, tmp_path):
+    task = make_task()
+    history = train(task, device="cuda", precision=precision, epochs=6, ema=0.5, mixup=0.2, accumulate=2, out=tmp_path)
+    assert history["train_loss"][-1] < history["train_loss"][0]
+    assert task.device.type == "cpu"
 
 
 def test_an_empty_loader(make_task):

@@ -45,9 +45,7 @@ def undisturbed(undisturbed_cache, train, make_task, fingerprint, tmp_path):
 
 
 # eight batches an epoch, two a step
-@pytest.mark.parametrize(
-    ("stop", "workers"), [(0, 0), (5, 0), (6, 0), (7, 0), (8, 0), (13, 0), (15, 0), (5, 2), (16, 2)]
-)
+@pytest.mark.parametrize(("stop", "workers"), [(0, 0), (5, 0), (6, 0), (7, 0), (8, 0), (13, 0), (5, 2)])
 def test_a_resumed_run_is_bit_identical(stop, workers, undisturbed, train, make_task, fingerprint, tmp_path):
     with pytest.raises(Interrupted, match=r"go on with: vitrail train --resume .*run"):
         train(

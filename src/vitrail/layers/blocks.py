@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Attention, Kernel, Layout
@@ -126,10 +125,7 @@ class Block(nn.Module):
 def run_block(
     block: nn.Module, x: Tensor, *, checkpointing: bool, bias: Tensor | None = None, layout: Layout | None = None
 ) -> Tensor:
-    """Runs one block; with `checkpointing`, its activations are computed again in the backward pass (Chen et al. 2016).
-
-    Under a torch function mode it is run plainly: whoever listens must see the very tensors of the graph.
-    """
-    if checkpointing and torch.is_grad_enabled() and not has_torch_function((x,)):
+    """Runs one block; with `checkpointing`, its activations are computed again in the backward pass (Chen et al. 2016)."""
+    if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, bias=bias, layout=layout, use_reentrant=False)
     return block(x, bias=bias, layout=layout)

@@ -58,7 +58,7 @@ class FeatureInfo(NamedTuple):
 
     num_chs: int
     reduction: float
-    """pixels per cell at the configured size"""
+    """pixels per row of cells at the configured size"""
     module: str
     """the submodule whose output it is"""
 

@@ -115,9 +115,7 @@ class ResNet(Backbone):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none); `classes` is emptied."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.fc = (
-            nn.Linear(self.num_features, num_classes, device=self.conv1.weight.device) if num_classes else nn.Identity()
-        )
+        self.fc = nn.Linear(self.num_features, num_classes).to(self.conv1.weight) if num_classes else nn.Identity()
 
     @torch.no_grad()
     def init_weights(self) -> None:

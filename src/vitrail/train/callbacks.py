@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 AGREE_EVERY = 20
-"""batches between two agreements of all processes on whether one of them got a signal"""
+"""optimiser steps between two agreements of all processes on whether one of them got a signal"""
 
 
 class EarlyStop(Callback):
@@ -79,9 +79,9 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
         last = batch_idx + 1 == trainer.num_training_batches  # the epoch's own checkpoint follows
-        if stepped and not last and self._agreed(trainer, batch_idx):
+        if not rest and not last and self._agreed(trainer, steps):
             self.checkpoints.save(trainer)
             raise StopRequested
 
@@ -89,11 +89,11 @@ class StopOnSignal(Callback):
         if self._agreed(trainer, 0) and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             raise StopRequested
 
-    def _agreed(self, trainer: Trainer, batch_idx: int) -> bool:
+    def _agreed(self, trainer: Trainer, steps: int) -> bool:
         heard = self.signal is not None
         if trainer.world_size == 1:
             return heard
-        return batch_idx % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
+        return steps % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()

@@ -111,10 +111,14 @@ class HistoryLog(Callback):
         if self.out and trainer.is_global_zero:
             write_csv(self.out / "history.csv", self.history.rows)
 
-    def _over_all_processes(self, trainer: Trainer) -> tuple[float, float]:
-        sums = torch.tensor([self.meter.total, float(self.meter.images)], device=trainer.strategy.root_device)
+    def _over_all_processes(self, trainer: Trainer) -> tuple[float, int]:
+        if trainer.world_size == 1:
+            return self.meter.total, self.meter.images
+        sums = torch.tensor(
+            [self.meter.total, self.meter.images], dtype=torch.float64, device=trainer.strategy.root_device
+        )
         total, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        return total, images
+        return total, int(images)
 
     @property
     def seconds(self) -> float:
@@ -133,15 +137,18 @@ class HistoryLog(Callback):
         """Whether the last epoch is the best. Without validation, every epoch is."""
         return self.best in (None, self.history.rows[-1])
 
-    def state_dict(self) -> dict[str, Any]:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.meter.flush()
-        partial = {"total": self.meter.total, "images": self.meter.images, "seconds": self.seconds}
-        return {"rows": self.history.rows, **partial}
+        total, images = self._over_all_processes(trainer)
+        checkpoint["history"] = {
+            "rows": self.history.rows, "total": total, "images": images, "seconds": self.seconds
+        }  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history.rows[:] = state_dict["rows"]
-        self.meter.total, self.meter.images = state_dict["total"], state_dict["images"]
-        self._seconds = state_dict["seconds"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["history"]
+        self.history.rows[:], self._seconds = saved["rows"], saved["seconds"]
+        if trainer.is_global_zero:  # what all processes had seen, counted once
+            self.meter.total, self.meter.images = saved["total"], saved["images"]
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
