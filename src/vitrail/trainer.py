@@ -118,7 +118,8 @@ def evaluate_model(
     splits = load_splits(config)
     if splits.classes != model.classes:
         raise ValueError(
-            f"{name} knows the classes {_some(model.classes)}; {data} has {_some(splits.classes)}: take data like its own"
+            f"{name} knows the classes {_some(model.classes)}; {data} has {_some(splits.classes)}: "
+            "take data with the model's classes"
         )
     return evaluate(Classify(model), eval_loader(splits, split, model, config))
 
