@@ -146,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ArgumentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            _say(str(stop))
         return 130
 
 

@@ -89,6 +89,7 @@ def write_folder(
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(_unshared(tensors), file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes files for their owner alone
     except SafetensorError as error:
         raise FolderError(f"{file.parent.parent}: weights could not be written ({error}): look at the disk") from error
 

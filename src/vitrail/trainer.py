@@ -12,11 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data.augment import BatchAugment
-from vitrail.data.datasets import DataConfig, load_splits
+from vitrail.data.datasets import DataConfig, describe, load_splits
 from vitrail.data.imagesets import Splits
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import eval_transform, train_transform
@@ -75,7 +76,7 @@ def demo_config(out: str = "runs/demo") -> TrainConfig:
 
 
 def make_model(config: TrainConfig, splits: Splits) -> Backbone:
-    """A fresh model for these images: size, channels, classes, preprocessing. Says what a short name became."""
+    """A model for these images, its weights drawn from the seed. Says what a short name became."""
     preprocess = splits.preprocess(config.img_size)
     row = resolve_name(config.model, min(preprocess.img_size))
     if row != config.model:
@@ -85,11 +86,12 @@ def make_model(config: TrainConfig, splits: Splits) -> Backbone:
     refused = [name for name, value in wanted.items() if value and name not in known]
     if refused:
         raise ValueError(f"{row} has no {', '.join(refused)}; got {wanted[refused[0]]}: leave it out")
+    torch.manual_seed(config.seed)
     model = create_model(
         row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
         **{name: value for name, value in wanted.items() if name in known},
     )  # fmt: skip
-    model.preprocess, model.classes, model.images = preprocess, splits.classes, f"images like those of {splits.name}"
+    model.preprocess, model.classes, model.images = preprocess, splits.classes, describe(splits)
     return model
 
 

@@ -26,6 +26,15 @@ SMALL_BYTES = 2**30
 """images no larger than this, in all no more than that, are held in memory if they share a size"""
 
 
+WHAT = {
+    "bloodcells": "single stained blood cells cut from light-microscope photographs",
+    "cifar10": "32-pixel colour photographs",
+    "cifar100": "32-pixel colour photographs",
+    "imagenet": "colour photographs",
+}
+NAMED = 10
+
+
 class DataError(ValueError):
     """Data that is not where, or not as, it should be. The message says what was looked for and what to do."""
 
@@ -81,6 +90,12 @@ def load_splits(config: DataConfig) -> Splits:
     """The images that `config.data` names. Raises `DataError`, and `ImageError` for small ones that cannot be read."""
     source, path = split_name(config.data)
     return SOURCES[source](config, path)
+
+
+def describe(splits: Splits) -> str:
+    """One line: what images these are, and which classes they have (the first ten)."""
+    more = f" and {len(splits.classes) - NAMED} more" if len(splits.classes) > NAMED else ""
+    return f"{WHAT.get(splits.name, 'images')}: {', '.join(splits.classes[:NAMED])}{more}"
 
 
 def _bloodcells(config: DataConfig, path: str) -> Splits:

@@ -125,7 +125,7 @@ class Block(nn.Module):
 def run_block(
     block: nn.Module, x: Tensor, *, checkpointing: bool, bias: Tensor | None = None, layout: Layout | None = None
 ) -> Tensor:
-    """Runs a block; with `checkpointing`, its activations are computed again in the backward pass (Chen et al. 2016)."""
+    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016)."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, bias=bias, layout=layout, use_reentrant=False)
     return block(x, bias=bias, layout=layout)

@@ -88,7 +88,7 @@ def fit(
     resume or a run that was told something else; `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
-    checkpoint = _starting_point(folder, resume)
+    checkpoint = starting_point(folder, resume)
     if not len(train_loader):
         raise ValueError("training needs at least one batch; the loader has none: add images")
     device = _machine(config)
@@ -109,6 +109,7 @@ def fit(
             task.backbone.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1]
             )
+        trainer.strategy.barrier()  # no process may look for a model that is still being written
     elif ema:
         ema.swap()
     return record.history
@@ -228,7 +229,7 @@ def _order(loader: Loader) -> OrderedBatches | None:
     return order if isinstance(order, OrderedBatches) else None
 
 
-def _starting_point(folder: Path | None, resume: bool) -> Path | None:
+def starting_point(folder: Path | None, resume: bool) -> Path | None:
     """The checkpoint to go on from. Raises `ValueError` where there is none, or one that would be overwritten."""
     last = folder / "checkpoints" / "last.ckpt" if folder else None
     found = last is not None and last.is_file()
