@@ -81,7 +81,7 @@ def _trained(report: RunReport) -> str:
     epochs = len(report.history)
     images = f"{sum(report.counts['train']):,} images" if "train" in report.counts else "the training images"
     return (
-        f"A Vision Transformer, <b>{escape(report.model)}</b> with {report.parameters:,} parameters, was trained on"
+        f"The model <b>{escape(report.model)}</b> with {report.parameters:,} parameters was trained on"
         f" {images} of <b>{escape(report.data)}</b> to tell {len(report.classes)} classes apart:"
         f" {epochs} epoch{'s' if epochs != 1 else ''} in {duration(report.seconds)}."
     )
