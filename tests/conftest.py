@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 os.environ["MPLBACKEND"] = "Agg"
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,19 @@ def one_thread() -> None:
 def seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve pictures of 32 x 32 pixels in two classes: dark and bright noise, easy to tell apart."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for name, low in (("bright", 130), ("dark", 0)):
+        (folder / name).mkdir()
+        for number in range(6):
+            noise = torch.randint(low, low + 120, (32, 32, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(noise.numpy()).save(folder / name / f"{number}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

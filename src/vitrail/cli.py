@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 import warnings
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 BARE = {"json": "true", "debug": "true", "download": "true", "auto_augment": "auto"}
 """flags that may stand without a value, and what they mean then"""
+TRUTHS = {"true", "false", "yes", "no"}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 SHIPPED = "bloodcells"
 """the model that answers when none is named"""
 Model = Annotated[str, "a run folder, a model folder, or a shipped model's name"]
@@ -43,8 +47,10 @@ def train(config: TrainConfig, *, resume: Annotated[str | None, "go on with this
     """Train a model; write its run folder with curves, checkpoints, the model and report.html."""
     from vitrail.trainer import resume_training, run_training
 
-    history = run_training(config) if resume is None else resume_training(resume)
-    _say(f"{len(history)} epochs; the report is {Path(resume or config.out) / 'report.html'}")
+    if resume is not None and config.out != resume:
+        raise ValueError(f"--resume goes on in its own folder {resume}; got --out {config.out}: leave it out")
+    history = run_training(config) if resume is None else resume_training(resume, config)
+    _say(f"{len(history)} of {config.epochs} epochs are done; the report is {Path(config.out) / 'report.html'}")
 
 
 def demo(*, out: Annotated[str, "folder of the run"] = "runs/demo") -> None:
@@ -67,11 +73,12 @@ def evaluate(
     as_json: Annotated[bool, "print JSON"] = False,
 ) -> None:
     """Measure a trained model on a data set's held-out images."""
+    from vitrail.report import as_json as numbers
     from vitrail.trainer import evaluate_model
 
     figures = evaluate_model(model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device)
     if as_json:
-        print(json.dumps({name: value.tolist() for name, value in figures.items()}))
+        print(json.dumps(numbers(figures)))
         return
     for name, value in figures.items():
         if value.ndim == 0:
@@ -88,8 +95,9 @@ def predict(
     as_json: Annotated[bool, "print one JSON object a line"] = False,
 ) -> None:
     """Classify images."""
+    paths = _expand(images)
     predictor = _predictor(model, device, sys.stderr if as_json else sys.stdout)
-    for answer in predictor.predict(_expand(images), top=top):
+    for answer in predictor.predict(paths, top=top):
         rest = ", ".join(f"{label} {share:.1%}" for label, share in answer.top[1:])
         print(json.dumps(answer.to_dict()) if as_json else f"{answer.id}  {answer}" + (f"  ({rest})" if rest else ""))
 
@@ -108,9 +116,10 @@ def explain(
     """Draw where a model looked."""
     from vitrail.visualize import AttentionVisualizer
 
+    paths = _expand(images)
     visualizer = AttentionVisualizer(_predictor(model, device, sys.stdout))
-    for image in _expand(images):
-        for path in visualizer.save(image, Path(out), method=method, layers=layers, heads=heads):
+    for image, name in zip(paths, _names(paths), strict=True):
+        for path in visualizer.save(image, Path(out), name=name, method=method, layers=layers, heads=heads):
             print(path)
 
 
@@ -137,19 +146,30 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs one command and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             return _run(words)
-    except (ValueError, ArgumentError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        _say(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+        return 2
+    except ValueError as error:
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt as stop:
-        if str(stop):
-            _say(str(stop))
+        return _stopped(stop)
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    """The exit code of an interruption. That of a training run says how to go on."""
+    if not stop.args:
         return 130
+    from vitrail.train.engine import Interrupted  # loaded already, since it says something
+
+    _say(str(stop))
+    return stop.exit_code if isinstance(stop, Interrupted) else 130
 
 
 def _run(words: list[str]) -> int:
@@ -181,12 +201,13 @@ def _parse(name: str, command: Callable[..., None], words: list[str]) -> tuple[l
     parser = _Parser(prog=f"vitrail {name}", description=inspect.getdoc(command), exit_on_error=False)
     hints = get_type_hints(command, include_extras=True)
     parameters = inspect.signature(command).parameters
-    settings = next((hints[p] for p in parameters if is_dataclass(hints[p])), None)
     for parameter in parameters.values():
         _add(parser, parameter, hints[parameter.name])
-    if settings is not None:
-        words = _take_config(parser, words)
-    found = parser.parse_args(_spelled(parser, words))
+    words = _spelled(parser, words)
+    found = _read(parser, words)
+    if any(is_dataclass(hints[p]) for p in parameters):
+        parser.set_defaults(_saved(found["config"], found["resume"]))
+        found = _read(parser, words)
     positional, flags = [], {}
     for parameter in parameters.values():
         if is_dataclass(kind := hints[parameter.name]):
@@ -248,37 +269,76 @@ def _list_item(kind: Any) -> type | None:
     return None
 
 
-def _take_config(parser: ArgumentParser, words: list[str]) -> list[str]:
-    """Reads the file of `--config` into the parser's defaults; the other words are returned."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in words:
-        return words
-    at = words.index("--config")
-    if at + 1 == len(words):
-        raise ValueError("--config takes the path of a YAML file; got nothing")
-    path = words[at + 1]
-    parser.set_defaults(TrainConfig.from_yaml(path).changes())
-    return words[:at] + words[at + 2 :]
+def _saved(config: str | None, resume: str | None) -> dict[str, Any]:
+    """What the file of `--config`, or the run of `--resume`, says: it stands where no flag speaks."""
+    if config and resume:
+        raise ValueError(f"--resume {resume} goes on by its own config.yaml; got --config {config} as well: drop one")
+    if config:
+        return TrainConfig.from_yaml(_existing(Path(config))).changes()
+    path = Path(resume or "") / "config.yaml"
+    if resume is None or not path.is_file():  # which the command itself refuses
+        return {"out": resume} if resume else {}
+    return {**TrainConfig.from_yaml(path).changes(), "out": resume}
 
 
 def _spelled(parser: ArgumentParser, words: list[str]) -> list[str]:
     """`words` with flags in our spelling, and values for the flags that may stand bare."""
     known = {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
-    result = []
+    result: list[str] = []
+    said: dict[str, str] = {}
     for i, word in enumerate(words):
         if not word.startswith("--"):
             result.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        name = name if name in known else TRAIN_SPELLINGS.get(name, name)
+        typed, equals, value = word[2:].partition("=")
+        typed = typed.replace("-", "_")
+        name = typed if typed in known else TRAIN_SPELLINGS.get(typed, typed)
         if name not in known:
-            close = nearest(name, known, 1)[0].replace("_", "-")
-            raise ValueError(f"{parser.prog} has no flag {word}: did you mean --{close}?")
-        bare = not equals and (i + 1 == len(words) or words[i + 1].startswith("--"))
-        filled = f"--{name}={BARE[name]}" if bare and name in BARE else f"--{name}{equals}{value}"
-        result.append(filled)
+            close = nearest(name, known, 1)[0]
+            raise ValueError(f"{parser.prog} has no flag {word}: did you mean {_dashed(close)}?")
+        if said.setdefault(name, typed) != typed:
+            both = f"{_dashed(said[name])} and {_dashed(typed)}"
+            raise ValueError(f"{parser.prog} takes one spelling of {_dashed(name)}; got {both}: drop one")
+        bare = name in BARE and not equals and not _is_value(name, words[i + 1 : i + 2])
+        result.append(f"--{name}={BARE[name]}" if bare else f"--{name}{equals}{value}")
     return result
+
+
+def _is_value(flag: str, following: list[str]) -> bool:
+    """Whether the word after a flag that may stand bare is meant for it."""
+    if BARE[flag] == "true":
+        return bool(following) and following[0].lower() in TRUTHS
+    return bool(following) and not following[0].startswith("-")
+
+
+def _dashed(flag: str) -> str:
+    return "--" + flag.replace("_", "-")
+
+
+def _read(parser: ArgumentParser, words: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        raise ValueError(_complaint(parser, " ".join(str(error).split()))) from None
+
+
+def _complaint(parser: ArgumentParser, text: str) -> str:
+    """jsonargparse's words for a wrong value or a missing one: the flag, the rule and what was got, in one line."""
+    if needed := re.search(r"arguments are required: (.*)", text):
+        flags = {action.dest for action in parser._actions if action.option_strings}
+        names = [_dashed(name) if name in flags else name for name in needed[1].split(", ")]
+        return f"{parser.prog} needs {', '.join(names)}; see {parser.prog} --help"
+    if alone := re.search(r"argument --(\w+): (.*)", text):
+        return f"{_dashed(alone[1])}: {alone[2]}"
+    wrong = re.search(r'key "(\w+)"(.*?)(?:Got|Given) value: (.*)', text)
+    if not wrong:
+        return f"{parser.prog}: {text}"
+    flag, expected, got = wrong.groups()
+    if choices := re.findall(r"'(\w+)'", expected.partition("Literal")[2]):
+        close = nearest(got, choices, 1)[0]
+        return f"{_dashed(flag)} must be one of {', '.join(choices)}; got {got}: did you mean {close}?"
+    rule = " or ".join(rule for kind, rule in KINDS.items() if f"<class '{kind}'>" in expected)
+    return f"{_dashed(flag)} takes {rule}; got {got}"
 
 
 def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
@@ -294,12 +354,34 @@ def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
 def _expand(paths: Sequence[str]) -> list[Path]:
     """Files as they are, folders as the image files in them, in the order of their names."""
     found = []
-    for path in map(Path, paths):
+    for path in map(_existing, map(Path, paths)):
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: the folder holds no image file ({', '.join(sorted(SUFFIXES))})")
         found += inside
     return found
+
+
+def _existing(path: Path) -> Path:
+    """`path`, where something is. Raises `ValueError` naming the nearest that is beside it."""
+    if path.exists():
+        return path
+    beside = (part.name for part in path.parent.iterdir()) if path.parent.is_dir() else ()
+    close = nearest(path.name, beside, 1)
+    hint = f"the nearest is {path.parent / close[0]}" if close else f"nor anything in {path.parent}"
+    raise ValueError(f"there is no {path}; {hint}")
+
+
+def _names(images: Sequence[Path]) -> list[str]:
+    """What the pictures of each image are called: its stem, or, where images share one, the path that tells them apart.
+
+    a/cat.jpg b/cat.jpg b/dog.jpg -> a_cat_jpg, b_cat_jpg, dog
+    """
+    whole = [image.absolute() for image in images]
+    shared = Counter(path.stem for path in set(whole))
+    top = os.path.commonpath([path.parent for path in whole])
+    apart = ["_".join((*path.relative_to(top).parent.parts, path.name.replace(".", "_"))) for path in whole]
+    return [path.stem if shared[path.stem] == 1 else name for path, name in zip(whole, apart, strict=True)]
 
 
 def _say(line: str) -> None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitrail.data.augment import BatchAugment
+from vitrail.data.augment import AugmentConfig, BatchAugment
 from vitrail.data.datasets import DataConfig, describe, load_splits
 from vitrail.data.imagesets import Splits
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import eval_transform, train_transform
 from vitrail.files import write_whole
+from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
@@ -31,17 +32,24 @@ from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
-from vitrail.train.engine import Loader, fit
-from vitrail.weights.load import create_model, load_model
+from vitrail.train.engine import Loader, fit, starting_point
+from vitrail.weights.load import SHIPPED, create_model, load_model
 
 DEMO = files("vitrail") / "assets" / "demo.yaml"
+SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)} - {"seed"} | {
+    "model", "out", "drop_path", "drop_rate",
+}  # fmt: skip
+"""settings of a run that a model and loaders of one's own have answered"""
 
 
 def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     """Trains, evaluates and explains as `config` says, and writes its run folder. Returns the epochs' figures.
 
-    With `resume` the folder's last checkpoint is gone on with.
+    With `resume` the folder's last checkpoint is gone on with. Raises `ValueError` as `fit` does, and for a model
+    that lacks what `config` asks of it.
     """
+    out = Path(config.out)
+    starting_point(out, resume)  # before anything is read or written
     splits = load_splits(config)
     model = make_model(config, splits)
     task = Classify(model, config.label_smoothing)
@@ -50,8 +58,8 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
         transform=train_transform(model.preprocess, config),
     )  # fmt: skip
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
-    out = Path(config.out)
-    write_whole(out / "splits.json", json.dumps(splits.record(), indent=1))
+    if not resume:
+        write_whole(out / "splits.json", json.dumps(splits.record(), indent=1))
     history = fit(
         task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume
     )
@@ -60,14 +68,17 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     return history
 
 
-def resume_training(run: str | Path) -> History:
-    """Goes on with a run folder where its last checkpoint stands."""
+def resume_training(run: str | Path, config: TrainConfig | None = None) -> History:
+    """Goes on with a run folder where its last checkpoint stands, as its config.yaml says, or as `config` does.
+
+    Raises `ValueError` for a folder without config.yaml, and where `config` changes what no resumed run may change.
+    """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ValueError(
             f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`"
         )
-    return run_training(replace(TrainConfig.from_yaml(path), out=str(run)), resume=True)
+    return run_training(replace(config or TrainConfig.from_yaml(path), out=str(run)), resume=True)
 
 
 def demo_config(out: str = "runs/demo") -> TrainConfig:
@@ -76,23 +87,31 @@ def demo_config(out: str = "runs/demo") -> TrainConfig:
 
 
 def make_model(config: TrainConfig, splits: Splits) -> Backbone:
-    """A model for these images, its weights drawn from the seed. Says what a short name became."""
+    """A model for these images, its weights drawn from the seed. Says what a short name became.
+
+    Raises `ValueError` for an unknown name, and for a dropout that the model does not have.
+    """
     preprocess = splits.preprocess(config.img_size)
     row = resolve_name(config.model, min(preprocess.img_size))
     if row != config.model:
         print(f"{config.model} is {row}, for images of {min(preprocess.img_size)} pixels")
-    known = {f.name for f in fields(FAMILIES[ROWS[row]].config)}
-    wanted: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
-    refused = [name for name, value in wanted.items() if value and name not in known]
-    if refused:
-        raise ValueError(f"{row} has no {', '.join(refused)}; got {wanted[refused[0]]}: leave it out")
     torch.manual_seed(config.seed)
     model = create_model(
         row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
-        **{name: value for name, value in wanted.items() if name in known},
+        **_dropouts(row, config),
     )  # fmt: skip
     model.preprocess, model.classes, model.images = preprocess, splits.classes, describe(splits)
     return model
+
+
+def _dropouts(row: str, config: TrainConfig) -> dict[str, Any]:
+    """The dropouts that are on, by the names of the model's fields."""
+    known = {f.name for f in fields(FAMILIES[ROWS[row]].config)}
+    wanted = {"drop_rate": ("--drop-rate", config.drop_rate), "drop_path_rate": ("--drop-path", config.drop_path)}
+    for name, (flag, value) in wanted.items():
+        if value and name not in known:
+            raise ValueError(f"{row} takes no {flag}; got {value}: leave it out")
+    return {name: value for name, (_, value) in wanted.items() if value}
 
 
 def eval_loader(splits: Splits, part: str, model: Backbone, config: DataConfig) -> DataLoader[Batch]:
@@ -110,20 +129,30 @@ def evaluate_model(
 ) -> dict[str, Tensor]:  # fmt: skip
     """All figures of a trained model on a part of a data set.
 
-    Raises `ValueError` where the data has other classes than the model, naming both.
+    Where the data names no such part, it is drawn as it was for the model's own training, so that no image that the
+    model was trained on is among it. Raises `ValueError` where the data has other classes than the model, naming both.
     """
     if split not in ("train", "val", "test"):
         raise ValueError(f"split must be train, val or test; got {split!r}")
     model = load_model(name).to(pick_device(device))
-    size = min(model.preprocess.img_size)
-    config = DataConfig(data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=size)
+    config = DataConfig(
+        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size),
+        **_draw_of(name),
+    )  # fmt: skip
     splits = load_splits(config)
-    if splits.classes != model.classes:
+    task = Classify(model)
+    if splits.classes != (model.classes or splits.classes) or len(splits.classes) != task.num_classes:
         raise ValueError(
-            f"{name} knows the classes {_some(model.classes)}; {data} has {_some(splits.classes)}: "
+            f"{name} knows the classes {_some(task.classes)}; {data} has {_some(splits.classes)}: "
             "take data with the model's classes"
         )
-    return evaluate(Classify(model), eval_loader(splits, split, model, config))
+    return evaluate(task, eval_loader(splits, split, model, config))
+
+
+def _draw_of(name: str | Path) -> dict[str, Any]:
+    """From what the parts of a model's data were drawn, as far as its card tells."""
+    recipe = read_card(SHIPPED[str(name)].folder if name in SHIPPED else find_folder(name)).training.get("recipe", {})
+    return {key: recipe[key] for key in ("seed", "val_fraction") if key in recipe}
 
 
 def _some(classes: tuple[str, ...]) -> str:
@@ -143,10 +172,16 @@ class ViTTrainer:
     def train(self, train_loader: Loader, val_loader: Loader | None = None, **settings: Any) -> History:
         """Trains and returns the epochs' figures; `settings` are fields of `TrainConfig` in any known spelling.
 
-        Raises `TypeError` for an unknown setting, naming the nearest, and `ValueError` for a bad value.
+        Raises `TypeError` for an unknown setting, naming the nearest, and for one that the model or the loaders have
+        settled; `ValueError` for a bad value.
         """
         names = {f.name for f in fields(TrainConfig)}
         given = normalise_kwargs(settings, names, TRAIN_SPELLINGS, "ViTTrainer.train")
+        if settled := sorted(SETTLED & set(given)):
+            raise TypeError(
+                f"ViTTrainer trains the model on the loaders as they are; got {', '.join(settled)}: "
+                "give that to the model, the loaders or ViTTrainer"
+            )
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
         return fit(Classify(self.model, config.label_smoothing), train_loader, val_loader, config, out=out)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitrail.draw.canvas import Drawing, save_figure
 from vitrail.draw.pictures import AnyImage, head_grid, layer_row, overlay, patch_picture, sheet
-from vitrail.explain.maps import attention_map, rollout_map
+from vitrail.explain.maps import Query, attention_map, rollout_map
 from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.names import nearest
 from vitrail.predict import Predictor
@@ -64,7 +64,8 @@ class AttentionVisualizer:
     ) -> AttentionMaps:
         """What the class token attended to: one map a layer, or one a layer and head with `heads="all"`.
 
-        `layers` counts from 1, None means all. Raises `ValueError` naming the depth where a layer is out of range.
+        `layers` counts from 1, in the order in which the maps are wanted; None means all. Without a class token it is
+        the mean over all tokens. Raises `ValueError` naming the depth where a layer is out of range.
         """
         picture, recorded = self._record(image, layers)
         maps = [explanation for found in recorded for explanation in _explanations(found, heads)]
@@ -105,15 +106,19 @@ class AttentionVisualizer:
         image: str | Path,
         out: str | Path,
         *,
+        name: str = "",
         method: str = "rollout",
         layers: Sequence[int] | None = None,
         heads: str | int = "mean",
     ) -> list[Path]:
-        """Writes the pictures of one image file into the folder `out` as PNG and returns their paths."""
+        """Writes the pictures of one image file into the folder `out` as PNG and returns their paths.
+
+        Their names begin with `name`, by default the file's without its ending.
+        """
         if method not in METHODS:
             close = nearest(method, METHODS, 1)[0]
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}: did you mean {close}?")
-        out, stem = Path(out), Path(image).stem
+        out, stem = Path(out), name or Path(image).stem
         if method == "rollout":
             if layers is not None:
                 raise ValueError("rollout goes over all layers: leave --layers out, or take --method attention")
@@ -135,7 +140,8 @@ class AttentionVisualizer:
         picture, ready = self.predictor.look(image)
         with record_attention(layers=layers) as record:
             self.predictor.logits(ready)
-        return picture, record.maps
+        by_layer = {found.layer: found for found in record.maps}
+        return picture, [by_layer[layer] for layer in layers or by_layer]
 
     def _rollout(self, image: AnyImage, fusion: Fusing, discard: float) -> tuple[Tensor, Tensor, str]:
         picture, ready = self.predictor.look(image)
@@ -155,11 +161,11 @@ def visualize_patch_embedding(
 def _explanations(found: AttentionMap, heads: str | int) -> list[Explanation]:
     count = found.weights.shape[1]
     chosen: list[Any] = list(range(count)) if heads == "all" else [_head(heads)]
+    query: Query = "mean" if found.layout and not found.layout.prefix else "class"
+    heats = [attention_map(found, head, query)[0].cpu() for head in chosen]
     return [
-        Explanation(
-            method="attention", heat=attention_map(found, heads=head)[0].cpu(), layer=found.layer, heads=str(head)
-        )
-        for head in chosen
+        Explanation(method="attention", heat=heat, layer=found.layer, heads=str(head))
+        for head, heat in zip(chosen, heats, strict=True)
     ]
 
 

@@ -95,6 +95,7 @@ def write_pictures(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default:.* is taken for :UserWarning")  # a page may show an ambiguous word
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)

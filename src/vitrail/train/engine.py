@@ -38,7 +38,10 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
-SAME_ON_RESUME = ("model", "data", "seed", "batch_size", "accumulate", "ema", "devices", "num_nodes", "debug")
+SAME_ON_RESUME = (
+    "model", "data", "img_size", "val_fraction", "seed", "batch_size", "accumulate", "ema", "devices", "num_nodes",
+    "debug",
+)  # fmt: skip
 """fields that decide which image is seen in which step, or what a checkpoint holds"""
 EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch's pytree the old way
@@ -97,7 +100,7 @@ def fit(
     stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
     trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
-        _open_folder(folder, config, train_loader)
+        _open_folder(folder, train_loader)
     with _quiet():
         try:
             _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
@@ -123,6 +126,8 @@ class TaskModule(LightningModule):
         self.task, self.config, self.augment, self.record = task, config, augment, record
 
     def on_fit_start(self) -> None:
+        if self.record.out and self.trainer.is_global_zero:  # a resumed run has been checked by now
+            self.config.to_yaml(self.record.out / "config.yaml")
         self.metrics = self.task.metrics()
         self.task.train()
 
@@ -275,9 +280,8 @@ def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder
         )  # fmt: skip
 
 
-def _open_folder(folder: Path, config: TrainConfig, loader: Loader) -> None:
+def _open_folder(folder: Path, loader: Loader) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config.to_yaml(folder / "config.yaml")
     if _order(loader) is None:
         print("this loader has an order of its own: a resumed run will not repeat it bit for bit")
 

@@ -1,0 +1,174 @@
+"""A run's figures on held-out images, the samples that are shown, and the page."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from vitrail.data.imagesets import Splits, TensorSet
+from vitrail.models.registry import build_model
+from vitrail.records import Batch, Classification, History
+from vitrail.report import RunFacts, Shown, as_json, choose_samples, machine, report_run
+from vitrail.tasks.base import evaluate
+from vitrail.tasks.classify import Classify
+
+CLASSES = ("bright <b>", "dark", "grey & dull")
+FACTS = RunFacts(title="vit_debug on noise", command="vitrail train --model vit_debug --data 'folder:my photos'")
+HISTORY = History([{"epoch": 1, "lr": 1e-3, "train_loss": 1.1, "val_loss": 1.0, "val_accuracy": 0.5, "seconds": 1.5}])
+
+
+def images(count: int) -> TensorSet:
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    return TensorSet(pixels, torch.arange(count) % 3, CLASSES, [f"test/{n}.png" for n in range(count)])
+
+
+def loader(part: TensorSet, size: int = 5) -> list[Batch]:
+    return [part.gather(list(range(i, min(i + size, len(part))))) for i in range(0, len(part), size)]
+
+
+def noise() -> Splits:
+    return Splits(name="folder:my photos", train=images(9), val=images(6), test=images(12))
+
+
+def task_of(name: str = "vit_debug") -> Classify:
+    model = build_model(name, num_classes=3).eval()
+    model.classes = CLASSES
+    return Classify(model)
+
+
+def report(out: Path, task: Classify, splits: Splits) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    figures = report_run(out, task, loader(splits.test), splits, HISTORY, FACTS)
+    return figures, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
+
+
+# ---- which samples are shown
+
+
+class Told(nn.Module):
+    """Answers what the id of an image says, such as `b 0.9`."""
+
+    classes = ("a", "b", "c")
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def predict(self, batch: Batch) -> list[Classification]:
+        words = [name.split() for name in batch["id"]]
+        return [Classification(id=" ".join(w), label=w[0], confidence=float(w[1])) for w in words]
+
+
+def batch_of(truths: str, answers: str, confidences: list[float], start: int = 0) -> Batch:
+    ids = [f"{answer} {confidence}" for answer, confidence in zip(answers, confidences, strict=True)]
+    pixels = torch.arange(start, start + len(truths), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return Batch(image=pixels.contiguous(), label=torch.tensor(["abc".index(t) for t in truths]), id=ids)
+
+
+def test_wrong_answers_first_then_right_ones_of_every_class_in_turn():
+    batches = [
+        batch_of("caaab", "caabb", [0.9, 0.8, 0.7, 0.6, 0.5]),
+        batch_of("bccab", "bccba", [0.5, 0.4, 0.3, 0.99, 0.8], start=5),
+    ]
+    shown = choose_samples(Told(), batches, each=5)
+    wrong, right = shown[:3], shown[3:]
+    assert [(s.truth, s.answer.label, s.answer.confidence) for s in wrong] == [
+        (0, "b", 0.99), (1, "a", 0.8), (0, "b", 0.6),
+    ]  # fmt: skip
+    assert [(s.truth, s.answer.confidence) for s in right] == [(0, 0.8), (1, 0.5), (2, 0.9), (0, 0.7), (1, 0.5)]
+    assert [int(s.picture[0, 0, 0]) for s in shown] == [8, 9, 3, 1, 4, 0, 2, 5]
+    assert [len(choose_samples(Told(), batches, each=n)) for n in (1, 2, 9)] == [2, 4, 3 + 7]
+
+
+def test_no_more_is_held_than_is_shown():
+    held = []
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(30):
+            yield batch_of("abcabc", "abcbca", [0.5] * 6)
+        held.append(sum(type(thing) is Shown for thing in gc.get_objects()))
+
+    shown = choose_samples(Told(), batches(), each=4)
+    assert held[0] <= 4 + 4 + 1
+    assert all(s.picture.untyped_storage().nbytes() == s.picture.numel() for s in shown)
+
+
+# ---- figures
+
+
+def test_figures_are_those_of_evaluate(tmp_path: Path):
+    task, splits = task_of(), noise()
+    figures, metrics, _ = report(tmp_path, task, splits)
+    for name, value in evaluate(task, loader(splits.test, 12)).items():
+        assert_close(figures[name], value)
+        assert_close(torch.tensor(metrics[name], dtype=value.dtype), value)
+    assert (metrics["split"], metrics["data"], metrics["classes"]) == ("test", "folder:my photos", list(CLASSES))
+    assert (metrics["command"], metrics["seconds"]) == (FACTS.command, 1.5)
+
+
+def test_json_has_no_nan():
+    figures = {"loss": torch.tensor(math.nan), "ece": torch.tensor(0.5), "table": torch.tensor([[1.0, math.inf]])}
+    assert as_json(figures) == {"loss": None, "ece": 0.5, "table": [[1.0, None]]}
+    assert as_json({"confusion": torch.eye(2, dtype=torch.long)}) == {"confusion": [[1, 0], [0, 1]]}
+
+
+def test_a_broken_model_still_gets_its_page(tmp_path: Path):
+    task = task_of()
+    nn.init.constant_(task.backbone.head.bias, math.nan)
+    _, metrics, page = report(tmp_path, task, noise())
+    assert metrics["loss"] is None
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert page.endswith("</html>\n")
+
+
+def test_the_machine_is_the_one_that_was_used():
+    assert re.fullmatch(r"\d+ cores \w+, torch " + re.escape(torch.__version__), machine(torch.device("cpu")))
+
+
+# ---- the page
+
+
+def test_the_page_is_complete_and_alone(tmp_path: Path):
+    _, metrics, page = report(tmp_path, task_of(), noise())
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.html"}
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
+    assert "<script" not in page
+    for title in ("Attention", "Confusion", "Calibration"):
+        assert title.lower() in page.lower()
+    for words in ("bright &lt;b&gt;", "grey &amp; dull", "vit_debug on noise", "12 images", f"{metrics['date']}"):
+        assert words in page
+    assert "<b>bright" not in page
+    assert "attention rollout" in page
+    assert "test images that chose nothing" in page
+
+
+def test_a_convolutional_network_has_a_page_without_rollout(tmp_path: Path):
+    _, _, page = report(tmp_path, task_of("resnet_debug"), noise())
+    assert "rollout" not in page
+    assert page.count('<figure class="sample') == page.count('<div class="pair"><img') > 0
+
+
+def test_figures_of_images_that_chose_the_epoch_are_called_so(tmp_path: Path):
+    """A data set of two parts: what is reported is what validated."""
+    part = images(6)
+    _, metrics, page = report(tmp_path, task_of(), Splits(name="imagenet", train=images(9), val=part, test=part))
+    assert metrics["split"] == "val"
+    assert "which also chose the epoch that was kept" in page
+    assert "test images that chose nothing" not in page
+
+
+def test_of_several_processes_the_first_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    task, splits = task_of(), noise()
+    monkeypatch.setattr("vitrail.report.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("vitrail.report.dist.get_rank", lambda: 1)
+    monkeypatch.setattr("vitrail.report.evaluate", lambda *_: {"accuracy": torch.tensor(1.0)})
+    assert report_run(tmp_path, task, loader(splits.test), splits, HISTORY, FACTS) == {"accuracy": torch.tensor(1.0)}
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,264 @@
+"""From a config to a run folder, and from loaders of one's own to a trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitrail.data.datasets import load_splits
+from vitrail.data.imagesets import Splits, TensorSet
+from vitrail.data.loading import make_loader
+from vitrail.data.transforms import eval_transform
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model
+from vitrail.models.vit import ViTConfig
+from vitrail.records import Preprocess
+from vitrail.tasks.base import evaluate
+from vitrail.tasks.classify import Classify
+from vitrail.train.config import TrainConfig
+from vitrail.train.optim import make_optimizer, warmup_cosine
+from vitrail.trainer import (
+    ViTTrainer,
+    demo_config,
+    eval_loader,
+    evaluate_model,
+    make_model,
+    resume_training,
+    run_training,
+)
+from vitrail.weights.load import load_model
+
+TINY = ViTConfig(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+STEPS, LR, BATCH = 3, 1e-2, 6
+
+
+@pytest.fixture(scope="module")
+def config(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return TrainConfig(
+        model="vit_debug", data=f"folder:{photos}", epochs=2, batch_size=4, val_fraction=0.34, seed=3, device="cpu",
+        lr=1e-4, checkpoint_every=1, ema=0.9, label_smoothing=0.1, out=str(tmp_path_factory.mktemp("trainer") / "run"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(config: TrainConfig) -> Path:
+    history = run_training(config)
+    assert [row["epoch"] for row in history.rows] == [1, 2]
+    return Path(config.out)
+
+
+# ---- a whole run
+
+
+def test_a_run_folder_is_complete(run: Path, config: TrainConfig):
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert found == {
+        "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html",
+        "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/epoch_001.ckpt", "checkpoints/epoch_002.ckpt",
+        "model/model.safetensors", "model/config.json", "model/manifest.json",
+    }  # fmt: skip
+    assert TrainConfig.from_yaml(run / "config.yaml") == config
+
+
+def test_the_splits_are_recorded(run: Path, config: TrainConfig):
+    record = json.loads((run / "splits.json").read_text())
+    splits = load_splits(config)
+    assert record["drawn"] == {"val": splits.val.ids, "test": splits.test.ids}
+    assert record["counts"]["train"] == {"bright": 2, "dark": 2}
+
+
+def test_the_figures_are_those_of_the_model_on_the_test_images(run: Path, config: TrainConfig):
+    splits, model = load_splits(config), load_model(run)
+    loader = make_loader(splits.test, batch_size=3, train=False, transform=eval_transform(model.preprocess))
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name, value in evaluate(Classify(model), loader).items():
+        assert_close(torch.tensor(metrics[name], dtype=value.dtype), value)
+
+
+def test_the_model_folder_says_what_it_is(run: Path, config: TrainConfig):
+    model = load_model(run)
+    assert (model.variant, model.classes) == ("vit_debug", ("bright", "dark"))
+    assert model.preprocess == load_splits(config).preprocess()
+    assert model.images
+
+
+def test_evaluation_draws_the_parts_as_training_did(run: Path, config: TrainConfig):
+    """Neither seed nor share is told: with the defaults, training images would be among the test images."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name in (run, run / "model"):
+        figures = evaluate_model(name, data=config.data, device="cpu", batch_size=3)
+        assert_close(figures["loss"].item(), metrics["loss"])
+        assert figures["confusion"].tolist() == metrics["confusion"]
+    assert load_splits(replace(config, seed=0, val_fraction=0.05)).test.ids != load_splits(config).test.ids
+
+
+def test_evaluation_of_another_part(run: Path, config: TrainConfig):
+    assert evaluate_model(run, data=config.data, split="train", device="cpu")["confusion"].sum() == 4
+    with pytest.raises(ValueError, match="split must be train, val or test; got 'all'"):
+        evaluate_model(run, data=config.data, split="all")
+
+
+def test_evaluation_goes_by_names_where_there_are_names(photos: Path, config: TrainConfig, tmp_path: Path):
+    nameless = build_model("vit_debug", num_classes=2)
+    nameless.save_pretrained(tmp_path / "two")
+    assert evaluate_model(tmp_path / "two", data=config.data, device="cpu")["confusion"].sum() == 2
+    build_model("vit_debug", num_classes=4).save_pretrained(tmp_path / "four")
+    with pytest.raises(ValueError, match="four knows the classes class 0, class 1, class 2, class 3; .* has bright, d"):
+        evaluate_model(tmp_path / "four", data=config.data)
+
+
+def test_the_same_seed_gives_the_same_model(run: Path, config: TrainConfig, tmp_path: Path):
+    torch.manual_seed(123)
+    run_training(replace(config, out=str(tmp_path / "again")))
+    one, two = load_model(run).state_dict(), load_model(tmp_path / "again").state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_to_resume_needs_a_run(tmp_path: Path, run: Path):
+    with pytest.raises(ValueError, match=r"holds config\.yaml; there is none in .*: name a folder made by `train`"):
+        resume_training(tmp_path)
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(ValueError, match=r"needs a run that wrote .*last\.ckpt; found none: start one with --out"):
+        resume_training(tmp_path)
+
+
+def test_the_demo_is_a_recipe_that_ships():
+    config = demo_config("somewhere")
+    assert (config.data, config.out) == ("bloodcells", "somewhere")
+    assert config.epochs <= 20
+
+
+# ---- the model for the images
+
+
+def some_splits(channels: int = 3, side: int = 32, classes: int = 4) -> Splits:
+    images = torch.randint(256, (8, channels, side, side), dtype=torch.uint8)
+    names = [f"c{k}" for k in range(classes)]
+    part = TensorSet(images, torch.arange(8) % classes, names, [str(n) for n in range(8)])
+    return Splits(name="cifar10", train=part, val=part, test=part)
+
+
+def test_a_short_name_is_completed_and_said(capsys: pytest.CaptureFixture[str]):
+    model = make_model(TrainConfig(model="vit_tiny_mlp1"), some_splits(side=36))
+    assert (model.variant, model.preprocess.img_size) == ("vit_tiny_mlp1_patch4_32", (36, 36))
+    assert capsys.readouterr().out == "vit_tiny_mlp1 is vit_tiny_mlp1_patch4_32, for images of 36 pixels\n"
+    make_model(TrainConfig(model="vit_debug"), some_splits())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_fits_its_images():
+    splits = some_splits(channels=5)
+    model = make_model(TrainConfig(model="vit_debug", img_size=48, drop_path=0.2, drop_rate=0.1), splits)
+    assert (model.config.in_chans, model.config.num_classes, model.config.img_size) == (5, 4, (48, 48))
+    assert (model.config.drop_path_rate, model.config.drop_rate) == (0.2, 0.1)
+    assert model.preprocess == splits.preprocess(48)
+    assert model.classes == splits.classes
+    assert model(torch.zeros(1, 5, 48, 48)).shape == (1, 4)
+
+
+def test_a_dropout_that_a_model_has_not():
+    with pytest.raises(ValueError, match=r"resnet_debug takes no --drop-path; got 0\.1: leave it out"):
+        make_model(TrainConfig(model="resnet_debug", drop_path=0.1), some_splits())
+    assert make_model(TrainConfig(model="resnet_debug", drop_rate=0.1), some_splits()).config.drop_rate == 0.1
+
+
+def test_a_loader_for_every_part():
+    splits, config = some_splits(), TrainConfig(batch_size=3)
+    model = make_model(TrainConfig(model="vit_debug", img_size=16), splits)
+    for part in ("train", "val", "test"):
+        batches = list(eval_loader(splits, part, model, config))
+        assert [len(batch["id"]) for batch in batches] == [3, 3, 2]
+        assert [name for batch in batches for name in batch["id"]] == [str(n) for n in range(8)]
+        assert batches[0]["image"].shape == (3, 3, 16, 16)
+
+
+# ---- loaders of one's own
+
+
+def plain_loader(count: int = STEPS * BATCH) -> DataLoader[tuple[Tensor, ...]]:
+    """What a plain PyTorch script has: normalised images and labels, in a fixed order."""
+    labels = torch.arange(count) % 3
+    images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + labels.view(-1, 1, 1, 1)
+    return DataLoader(TensorDataset(images, labels), batch_size=BATCH)
+
+
+def tiny() -> Backbone:
+    torch.manual_seed(7)
+    return build_model("vit_debug", **{name: getattr(TINY, name) for name in TINY.__dataclass_fields__})
+
+
+def test_a_config_and_plain_loaders():
+    torch.manual_seed(0)
+    trainer = ViTTrainer(ViTConfig(image_size=8, patch_size=4, num_classes=3, dim=16, depth=2, heads=2), device="cpu")
+    history = trainer.train(
+        train_loader=plain_loader(), val_loader=plain_loader(), epochs=4, learning_rate=1e-2, warmup_epochs=1
+    )
+    assert len(history) == 4
+    assert history["val_accuracy"][-1] > 0.6
+    assert history["train_loss"] == sorted(history["train_loss"], reverse=True)
+    assert history["lr"][0] == pytest.approx(1e-2)
+    trained = evaluate(Classify(trainer.model), plain_loader())["accuracy"].item()
+    assert trained == pytest.approx(history["val_accuracy"][-1])
+
+
+def test_no_validation_and_a_folder(tmp_path: Path):
+    model = tiny()
+    model.classes, model.preprocess = ("a", "b", "c"), Preprocess(img_size=(8, 8))
+    history = ViTTrainer(model, device="cpu", out=tmp_path / "run").train(plain_loader(), n_epochs=1, lr=LR)
+    assert "val_accuracy" not in history.rows[0]
+    again = load_model(tmp_path / "run")
+    assert again.classes == ("a", "b", "c")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_bare_loop_gives_the_same_numbers(clip: float):
+    """The one loop of the house does what the five lines do that everybody knows, to the bit."""
+    model, config = tiny(), TrainConfig(epochs=1, lr=LR, warmup_epochs=1 / STEPS, clip_grad=clip, weight_decay=0.1)
+    task, losses = Classify(model, 0.1), []
+    optimizer = make_optimizer(task, config)
+    for step, (images, labels) in enumerate(plain_loader()):
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step, STEPS, 1, LR, config.min_lr)
+        loss = task({"image": images, "label": labels})["loss"]
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(task.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    settings = dict(epochs=1, lr=LR, warmup_epochs=1 / STEPS, clip_grad=clip, weight_decay=0.1, label_smoothing=0.1)
+    trained = tiny()
+    history = ViTTrainer(trained, device="cpu").train(plain_loader(), **settings)
+    assert history["train_loss"] == pytest.approx([sum(losses) / STEPS], rel=1e-6)
+    untouched = tiny().state_dict()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+        assert not torch.equal(value, untouched[name]) or not value.is_floating_point(), f"{name} was not trained"
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"epoch": 3}, "ViTTrainer.train has no argument 'epoch'; the nearest is epochs"),
+    ({"lr": 1e-3, "learning_rate": 1e-3}, "takes one spelling of lr; got both lr and learning_rate: drop one"),
+    ({"mixup": 0.2, "batch_size": 8}, "on the loaders as they are; got batch_size, mixup: give that to the model, the"),
+    ({"out": "runs/x"}, "got out: give that to the model, the loaders or ViTTrainer"),
+    ({"epochs": "many"}, "--epochs takes a whole number; got 'many'"),
+])  # fmt: skip
+def test_settings_that_are_not_taken(settings: dict[str, Any], message: str):
+    with pytest.raises(TypeError) as error:
+        ViTTrainer(tiny()).train(plain_loader(), **settings)
+    assert message in str(error.value)
+
+
+def test_a_diverging_run_says_so():
+    with pytest.raises(ValueError, match="loss must stay finite"):
+        ViTTrainer(tiny(), device="cpu").train([(torch.full((2, 3, 8, 8), math.inf), torch.tensor([0, 1]))], epochs=1)

@@ -1,0 +1,254 @@
+"""Attention as pictures: the right maps, in the right order, under the right names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from vitrail.draw.canvas import Drawing
+from vitrail.draw.pictures import overlay
+from vitrail.explain.maps import rollout
+from vitrail.explain.record import NoAttentionError, record_attention
+from vitrail.images import read_image
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model
+from vitrail.predict import Predictor
+from vitrail.records import Preprocess
+from vitrail.visualize import AttentionMaps, AttentionVisualizer, visualize_patch_embedding
+
+DEPTH, HEADS = 3, 3
+
+
+def vit(**fields: Any) -> Backbone:
+    """A model whose attention differs from place to place, which fresh weights hardly do."""
+    torch.manual_seed(0)
+    model = build_model("vit_debug", **fields).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.classes = tuple("abcdefghij")
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Backbone:
+    return vit()
+
+
+@pytest.fixture
+def visualizer(model: Backbone) -> AttentionVisualizer:
+    return AttentionVisualizer(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo(photos: Path) -> Path:
+    return photos / "bright" / "0.png"
+
+
+def seen(model: Backbone, photo: Path) -> list[Tensor]:
+    """(heads, N, N) of every layer."""
+    with record_attention() as record, torch.no_grad():
+        model(model.preprocess.normalise(read_image(photo))[None])
+    return [found.weights[0] for found in record.maps]
+
+
+def titles(figure: Drawing) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return picture.size
+
+
+# ---- maps
+
+
+@pytest.mark.parametrize(("heads", "fuse"), [
+    ("mean", lambda rows: rows.mean(0)),
+    ("max", lambda rows: rows.amax(0)),
+    ("min", lambda rows: rows.amin(0)),
+    (0, lambda rows: rows[0]),
+    ("2", lambda rows: rows[2]),
+])  # fmt: skip
+def test_maps_are_the_rows_of_the_class_token(heads, fuse, model: Backbone, visualizer, photo: Path):
+    maps = visualizer.generate_attention_maps(photo, heads=heads)
+    assert [(m.layer, m.heads, m.method) for m in maps] == [(n, str(heads), "attention") for n in (1, 2, 3)]
+    for found, weights in zip(maps, seen(model, photo), strict=True):
+        assert_close(found.heat, fuse(weights[:, 0, 1:]).view(4, 4))
+
+
+def test_all_heads_of_the_layers_that_are_named(model: Backbone, visualizer, photo: Path):
+    maps = visualizer.generate_attention_maps(photo, layers=[3, 1], heads="all")
+    assert [(m.layer, m.heads) for m in maps] == [(layer, str(head)) for layer in (3, 1) for head in range(HEADS)]
+    weights = seen(model, photo)
+    for found in maps:
+        assert_close(found.heat, weights[found.layer - 1][int(found.heads), 0, 1:].view(4, 4))
+
+
+def test_maps_are_a_sequence_beside_the_picture(visualizer, photo: Path):
+    maps = visualizer.generate_attention_maps(photo, layers=[2])
+    assert isinstance(maps, AttentionMaps)
+    assert (len(maps), maps[0], list(maps)) == (1, maps.maps[0], list(maps.maps))
+    assert torch.equal(maps.picture, read_image(photo))
+
+
+@pytest.mark.parametrize(("fields", "layers"), [
+    (dict(class_token=False, global_pool="avg"), [1, 2, 3]),
+    (dict(class_token=False, global_pool="map"), [1, 2, 3]),
+    (dict(reg_tokens=2), [1, 2, 3]),
+])  # fmt: skip
+def test_models_of_other_tokens(fields: dict[str, Any], layers: list[int], photo: Path):
+    model = vit(**fields)
+    maps = AttentionVisualizer(model, device="cpu").generate_attention_maps(photo, layers)
+    for found, weights in zip(maps, seen(model, photo), strict=False):
+        rows = weights.mean(0)
+        wanted = rows.mean(0) if not model.config.class_token else rows[0, 3:]
+        assert_close(found.heat, wanted.view(4, 4))
+
+
+@pytest.mark.parametrize(("choice", "message"), [
+    (dict(layers=[2, 4]), r"layers must lie in 1 … 3, .*; got \[4\]"),
+    (dict(layers=[0]), "layers must be numbers from 1"),
+    (dict(heads=3), r"heads must lie in 0 … 2; got \[3\]"),
+    (dict(heads="middle"), "heads must be mean, max, min or head numbers from 0; got 'middle'"),
+])  # fmt: skip
+def test_what_is_not_there_is_refused(choice: dict[str, Any], message: str, visualizer, photo: Path):
+    with pytest.raises(ValueError, match=message):
+        visualizer.generate_attention_maps(photo, **choice)
+
+
+def test_a_network_without_attention_says_so(photo: Path):
+    with pytest.raises(NoAttentionError):
+        AttentionVisualizer(build_model("resnet_debug"), device="cpu").generate_attention_maps(photo)
+
+
+# ---- pictures
+
+
+def test_layers_in_a_row(visualizer, photo: Path, tmp_path: Path):
+    maps = visualizer.generate_attention_maps(photo, layers=[3, 1])
+    figure = visualizer.plot_attention_maps(maps, save_path=tmp_path / "new" / "row.png")
+    assert titles(figure) == ["image", "layer 3, mean of heads", "layer 1, mean of heads"]
+    width, height = size_of(tmp_path / "new" / "row.png")
+    assert width > 2.5 * height > 500
+    assert titles(visualizer.plot_attention_maps(visualizer.generate_attention_maps(photo, [2], 1))) == [
+        "image", "layer 2, head 1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", range(-DEPTH, DEPTH))
+def test_one_layer_is_counted_from_0_or_from_the_end(layer: int, visualizer, photo: Path, monkeypatch):
+    shown: list[AttentionMaps] = []
+    monkeypatch.setattr(visualizer, "plot_attention_maps", lambda maps, path: shown.append(maps))
+    visualizer.visualize_attention(photo, layer_idx=layer)
+    assert [(m.layer, m.heads) for m in shown[0]] == [(layer % DEPTH + 1, str(head)) for head in range(HEADS)]
+
+
+def test_heads_as_a_grid_or_one_of_them(visualizer, photo: Path, tmp_path: Path):
+    path = tmp_path / "heads.png"
+    assert titles(visualizer.visualize_attention(photo, save_path=path)) == ["image", "head 0", "head 1", "head 2"]
+    assert min(size_of(path)) > 200
+    assert titles(visualizer.visualize_attention(photo, 0, head_idx=2)) == ["image", "layer 1, head 2"]
+
+
+@pytest.mark.parametrize(("place", "message"), [
+    (dict(layer_idx=3), "layer_idx must lie in -3 … 2: the model has a depth of 3 attention layers; got 3"),
+    (dict(layer_idx=-4), "depth of 3 attention layers; got -4"),
+    (dict(head_idx=3), r"heads must lie in 0 … 2; got \[3\]"),
+    (dict(head_idx=-1), r"heads must lie in 0 … 2; got \[-1\]"),
+])  # fmt: skip
+def test_a_layer_or_head_that_is_not_there(place: dict[str, int], message: str, visualizer, photo: Path):
+    with pytest.raises(ValueError, match=message):
+        visualizer.visualize_attention(photo, **place)
+
+
+def test_rollout_beside_the_picture_and_the_answer(model: Backbone, visualizer, photo: Path, tmp_path, monkeypatch):
+    heats: list[Tensor] = []
+    monkeypatch.setattr("vitrail.visualize.overlay", lambda image, heat: heats.append(heat) or overlay(image, heat))
+    figure = visualizer.rollout(photo, fusion="max", discard=0.5, save_path=tmp_path / "rollout.png")
+    assert titles(figure) == [str(Predictor(model).predict(photo)), "rollout, max of heads"]
+    assert size_of(tmp_path / "rollout.png")[0] > 200
+    with record_attention() as record, torch.no_grad():
+        model(model.preprocess.normalise(read_image(photo))[None])
+    assert_close(heats[0], rollout(record.maps, "max", 0.5)[0, 0, 1:].view(4, 4))
+
+
+def test_patches(photo: Path, tmp_path: Path):
+    figure = visualize_patch_embedding(photo, patch_size=8, save_path=tmp_path / "patches.png")
+    assert titles(figure) == ["32 x 32 pixels", "4 x 4 = 16 patches of 8 x 8"]
+    assert size_of(tmp_path / "patches.png")[0] > 500
+    assert titles(visualize_patch_embedding(image=read_image(photo), patch_size=(16, 8)))[1].startswith("2 x 4 = 8 ")
+    assert titles(visualize_patch_embedding(photo))[1].startswith("2 x 2 = 4 patches of 16 x 16")
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(("options", "names"), [
+    (dict(), ["0_rollout.png"]),
+    (dict(heads="min"), ["0_rollout.png"]),
+    (dict(name="cat"), ["cat_rollout.png"]),
+    (dict(method="attention"), ["0_attention.png"]),
+    (dict(method="attention", layers=[2, 1], heads="1"), ["0_attention.png"]),
+    (dict(method="attention", layers=[3, 1], heads="all"), ["0_layer01_heads.png", "0_layer03_heads.png"]),
+])  # fmt: skip
+def test_save_names_its_files(options: dict[str, Any], names: list[str], visualizer, photo: Path, tmp_path: Path):
+    assert visualizer.save(str(photo), tmp_path / "out", **options) == [tmp_path / "out" / name for name in names]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(method="rolout"), "method must be one of rollout, attention; got 'rolout': did you mean rollout?"),
+    (dict(layers=[1]), "rollout goes over all layers: leave --layers out, or take --method attention"),
+    (dict(heads="all"), "rollout fuses heads by mean, max or min; got 'all': or take --method attention"),
+])  # fmt: skip
+def test_save_refuses(options: dict[str, Any], message: str, visualizer, photo: Path, tmp_path: Path):
+    with pytest.raises(ValueError) as error:
+        visualizer.save(photo, tmp_path / "out", **options)
+    assert str(error.value) == message
+    assert not (tmp_path / "out").exists()
+
+
+# ---- models of every kind
+
+
+def test_a_model_a_folder_or_a_predictor(model: Backbone, photo: Path, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    predictor = Predictor(model)
+    kinds = [model, predictor, tmp_path / "model", str(tmp_path)]
+    heats = [AttentionVisualizer(kind, device="cpu").generate_attention_maps(photo, [2])[0].heat for kind in kinds]
+    assert all(torch.equal(heat, heats[0]) for heat in heats)
+    assert AttentionVisualizer(predictor).predictor is predictor
+
+
+def test_a_foreign_model_with_its_preprocessing(photo: Path):
+    timm = pytest.importorskip("timm")
+    foreign = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    )
+    visualizer = AttentionVisualizer(foreign, preprocess=Preprocess(img_size=(32, 32)), device="cpu")
+    maps = visualizer.generate_attention_maps(photo, heads="all")
+    assert [(m.layer, m.heat.shape) for m in maps] == [(n, (4, 4)) for n in (1, 1, 1, 2, 2, 2)]
+    assert titles(visualizer.rollout(photo))[0].startswith("class ")
+    with pytest.raises(ValueError, match="needs its preprocess"):
+        AttentionVisualizer(foreign)
+
+
+def test_the_model_is_left_as_it_was(photo: Path):
+    model = vit().train()
+    AttentionVisualizer(model, device="cpu").visualize_attention(photo)
+    assert all(part.training for part in model.modules())
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_an_image_is_cut_as_the_network_sees_it(visualizer, tmp_path: Path):
+    Image.linear_gradient("L").resize((120, 60)).save(tmp_path / "wide.png")
+    assert visualizer.generate_attention_maps(tmp_path / "wide.png").picture.shape == (3, 32, 32)
