@@ -60,5 +60,5 @@ def test_attention_pool_is_multihead_attention_from_one_learned_query(norm: str)
     x, padding = torch.randn(2, 7, 24), torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
     pooled = theirs(ours.latent.expand(2, 1, 24), x, x, key_padding_mask=padding)[0]
     truth = (pooled + ours.mlp(ours.norm(pooled)))[:, 0]
-    assert torch.allclose(ours(x, padding_bias(padding, 0, x.dtype)), truth, atol=1e-5)
+    assert torch.allclose(ours(x, bias=padding_bias(padding, 0, x.dtype)), truth, atol=1e-5)
     assert ours.mlp.fc1.out_features == 48

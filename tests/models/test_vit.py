@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from vitrail.layers.embed import sincos_2d
 from vitrail.models.backbone import Tokens
 from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.weights.load import load_model
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7)
 POOLS: dict[str, dict[str, Any]] = {
@@ -60,7 +63,9 @@ def test_keeping_tokens_is_hiding_the_others(options: dict[str, Any]) -> None:
     for block in model.blocks:
         state = block(state, bias=bias)
     state = model.norm(state)
-    kept = model.encode(tokens, keep)
+    after = model.encode(tokens, keep)
+    kept = after.x
+    assert after.pos is None and torch.equal(after.cells, keep)
     assert kept.shape == (2, tokens.prefix + 4, 24)
     close(kept[:, : tokens.prefix], state[:, : tokens.prefix])
     close(kept[:, tokens.prefix :], pick(state[:, tokens.prefix :], keep))
@@ -70,10 +75,10 @@ def test_keeping_tokens_is_hiding_the_others(options: dict[str, Any]) -> None:
 def test_keeping_all_in_order_changes_nothing_and_a_permutation_only_the_order() -> None:
     model, x = build(reg_tokens=1), torch.randn(2, 3, 32, 32)
     tokens = model.embed(x)
-    plain = model.encode(tokens)
-    assert torch.equal(model.encode(tokens, torch.arange(16).expand(2, 16)), plain)
+    plain = model.encode(tokens).x
+    assert torch.equal(model.encode(tokens, torch.arange(16).expand(2, 16)).x, plain)
     order = torch.stack([torch.randperm(16), torch.randperm(16)])
-    shuffled = model.encode(tokens, order)
+    shuffled = model.encode(tokens, order).x
     close(shuffled[:, 2:], pick(plain[:, 2:], order))
     close(shuffled[:, :2], plain[:, :2])
 
@@ -90,8 +95,8 @@ def test_keep_chooses_among_padded_tokens_too() -> None:
     model, x = build(), torch.randn(1, 3, 32, 32)
     mask = torch.zeros(1, 32, 32, dtype=torch.bool)
     mask[:, :, 8:] = True  # column 0 is seen: tokens 0, 4, 8, 12
-    both = model.encode(model.embed(x, mask), torch.tensor([[4, 9, 0]]))
-    alone = model.encode(model.embed(x), torch.tensor([[4, 0]]))
+    both = model.encode(model.embed(x, mask), torch.tensor([[4, 9, 0]])).x
+    alone = model.encode(model.embed(x), torch.tensor([[4, 0]])).x
     close(both[:, [0, 1, 3]], alone)
 
 
@@ -217,12 +222,71 @@ def test_without_positions_patches_may_be_shuffled() -> None:
 @torch.no_grad()
 def test_pooling_leaves_the_prefix_out() -> None:
     x = torch.randn(2, 19, 24)
-    mean = build(global_pool="avg", reg_tokens=2)
-    close(mean.forward_head(x, pre_logits=True), mean.fc_norm(x[:, 3:].mean(1)))
-    token = build(reg_tokens=2)
-    assert torch.equal(token.forward_head(x, pre_logits=True), x[:, 0])
-    pooled = build(global_pool="map", reg_tokens=2)
-    assert torch.equal(pooled.forward_head(x, pre_logits=True), pooled.attn_pool(x[:, 3:]))
+    tokens = Tokens(x, None, (4, 4), prefix=3)  # a class token, and two rows that somebody added
+    mean = build(global_pool="avg")
+    close(mean.forward_head(tokens, pre_logits=True), mean.fc_norm(x[:, 3:].mean(1)))
+    assert torch.equal(build().forward_head(tokens, pre_logits=True), x[:, 0])
+    pooled = build(global_pool="map")
+    assert torch.equal(pooled.forward_head(tokens, pre_logits=True), pooled.attn_pool(x[:, 3:]))
+
+
+@torch.no_grad()
+def test_blocks_run_in_parts_are_the_whole() -> None:
+    model, tokens = build(reg_tokens=1, depth=3), build(reg_tokens=1, depth=3).embed(torch.randn(2, 3, 32, 32))
+    keep = torch.tensor([[3, 1, 8, 0], [0, 2, 4, 6]])
+    first = model.encode(tokens, keep, blocks=slice(2), norm=False)
+    again = torch.tensor([[2, 0], [1, 3]])  # of those that are left
+    whole = model.encode(model.encode(first, blocks=slice(2, None), norm=False), blocks=slice(0))
+    assert torch.equal(whole.x, model.encode(tokens, keep).x)
+    fewer = model.encode(first, again, blocks=slice(2, None))
+    assert fewer.cells.tolist() == [[8, 3], [2, 6]]
+    assert fewer.x.shape == (2, 2 + 2, 24)
+
+
+@torch.no_grad()
+def test_features_run_no_block_beyond_the_last_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = build(depth=3), []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    model.features(torch.randn(1, 3, 32, 32), indices=[1, 0])
+    assert runs == [0, 1]
+
+
+def test_a_head_put_in_by_hand_is_the_models_head(tmp_path: Path) -> None:
+    model = build(num_classes=5)
+    model.classes = tuple("abcde")
+    model.head = nn.Linear(model.head.in_features, 3)
+    assert model.num_classes == 3
+    assert (model.card().config["num_classes"], model.card().classes) == (3, ())
+    again = load_model(model.save_pretrained(tmp_path / "m"))
+    assert torch.equal(again(x := torch.randn(1, 3, 32, 32)), model(x))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(depth="12"), "depth must be int; got '12'"),
+        (dict(depth=2.5), "depth must be int; got 2.5"),
+        (dict(embed_dim=48.0), "embed_dim must be int; got 48.0"),
+        (dict(mlp_ratio=float("nan")), "mlp_ratio must be float; got nan"),
+        (dict(qkv_bias=1), "qkv_bias must be bool; got 1"),
+        (dict(init_values="x"), "init_values must be None or float; got 'x'"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        ViTConfig(**given)
+
+
+@pytest.mark.parametrize("size", ["224", 224.0, (32,), (3, 224, 224), (32.0, 32)])
+def test_a_size_is_one_or_two_whole_numbers(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"a size is one whole number of pixels, or \(height, width\); got"):
+        ViTConfig(img_size=size)
+
+
+def test_feature_info_of_rectangular_patches_has_both_strides() -> None:
+    info = build(patch_size=(8, 4)).feature_info[0]
+    assert (info.reduction, info.reduction_w) == (8, 4)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no positions": dict(pos_embed="none"),
     "mlp_ratio 1": dict(mlp_ratio=1.0),
     "no head": dict(num_classes=0),
+    "another norm epsilon": dict(norm_eps=1e-2, qk_norm=True),
 }
 
 
@@ -44,8 +45,9 @@ def randomise(model: nn.Module) -> None:
 
 def twins(**options: Any) -> tuple[VisionTransformer, nn.Module]:
     options = {**SMALL, **options}
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    theirs = vision_transformer.VisionTransformer(**options, dynamic_img_size=True, norm_layer=norm).eval()
+    norm = partial(nn.LayerNorm, eps=options.get("norm_eps", 1e-6))
+    known = {name: value for name, value in options.items() if name != "norm_eps"}
+    theirs = vision_transformer.VisionTransformer(**known, dynamic_img_size=True, norm_layer=norm).eval()
     randomise(theirs)
     ours = VisionTransformer(**options).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -75,7 +77,7 @@ def test_logits_and_every_intermediate_equal_timm(case: str, factor: float) -> N
     ours, theirs = twins(**CASES[case])
     x = images(CASES[case], factor)
     close(ours(x), theirs(x))
-    close(ours.forward_features(x), theirs.forward_features(x))
+    close(ours.forward_features(x).x, theirs.forward_features(x))
     close(*(model.forward_head(model.forward_features(x), pre_logits=True) for model in (ours, theirs)))
     for norm in (False, True):
         pairs = theirs.forward_intermediates(x, norm=norm, intermediates_only=True, return_prefix_tokens=True)

@@ -24,21 +24,28 @@ Kernel = Literal["auto", "fused", "eager"]
 EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Which image cell each row of an attention matrix stands for.
+    """Which image cell each row (query) and column (key) of an attention matrix stands for.
 
-    Rows are `prefix` tokens that are no image cell (class token, registers), then image tokens. An index maps each
-    image token to a cell of `grid` in raster order, -1 for padding; its shape is (N,), (B, N), or (windows, N).
-    None means all cells in raster order.
+    Rows are `prefix` tokens that are no image cell (class token, registers), then image tokens; columns likewise.
+    An index maps each image token to a cell of its grid in raster order, -1 for padding. Its shape is (N,), (B, N), or,
+    where `windows` > 1, (windows, N). None means the cells in raster order.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
+    """(h, w), or (t, h, w) for frames"""
     prefix: int = 0
     windows: int = 1
     """heads are folded as (windows * heads)"""
     query_index: Tensor | None = None
     key_index: Tensor | None = None
+    key_prefix: int | None = None
+    """None: as many as rows have"""
+    key_grid: tuple[int, ...] | None = None
+    """the coarser grid that keys lie on where they were reduced; None: `grid`"""
+    readout: tuple[int, ...] | None = None
+    """the rows that the head reads: (0,) the class token, () the mean of the image tokens; None: not known"""
 
 
 class Mix(NamedTuple):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.layers.attention import Attention, Kernel, Layout
 from vitrail.names import check_choice
 
-Norm = Callable[[int], nn.Module]
+Norm = Callable[..., nn.Module]
 NORMS: dict[str, Norm] = {
     "layernorm": partial(nn.LayerNorm, eps=1e-6),
     "rmsnorm": partial(nn.RMSNorm, eps=1e-6),
@@ -99,12 +99,13 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         norm: str = "layernorm",
+        norm_eps: float = 1e-6,
         act: str = "gelu",
         attn: Kernel = "auto",
     ) -> None:
         super().__init__()
         check_choice("norm", norm, NORMS)
-        make_norm = NORMS[norm]
+        make_norm = partial(NORMS[norm], eps=norm_eps)
         self.norm1 = make_norm(dim)
         self.attn = Attention(
             dim, num_heads, qkv_bias=qkv_bias, qk_norm=make_norm if qk_norm else None,

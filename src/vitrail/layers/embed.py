@@ -20,8 +20,11 @@ Size = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """7 -> (7, 7); (3, 5) -> (3, 5)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """7 -> (7, 7); (3, 5) -> (3, 5). Raises `ValueError` for anything but one or two whole numbers."""
+    parts = (size, size) if isinstance(size, int) else size
+    if not isinstance(parts, tuple | list) or len(parts) != 2 or not all(type(part) is int for part in parts):
+        raise ValueError(f"a size is one whole number of pixels, or (height, width); got {size!r}")
+    return parts[0], parts[1]
 
 
 class PatchEmbed(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import attend
+from vitrail.layers.attention import Layout, attend
 from vitrail.layers.blocks import NORMS, Mlp
 
 
@@ -43,18 +43,20 @@ class AttentionPool(nn.Module):
     Source: Zhai et al. 2022, "Scaling Vision Transformers", section 2.2 (the MAP head); keys as in timm.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, norm: str = "layernorm") -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, norm: str = "layernorm", norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm = NORMS[norm](dim)
+        self.norm = NORMS[norm](dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
         q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        x = self.proj(attend(q, k, v, bias=bias).transpose(1, 2).flatten(2))  # (B, 1, C)
+        x = self.proj(attend(q, k, v, bias=bias, layout=layout).transpose(1, 2).flatten(2))  # (B, 1, C)
         return (x + self.mlp(self.norm(x)))[:, 0]

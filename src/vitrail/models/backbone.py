@@ -3,7 +3,9 @@
     images (B, C, H, W) ── forward_features ──> the family's own ── forward_head ──> logits (B, K)
            │                                                     └─ pre_logits=True ─> (B, num_features)
            ├── features(indices) ──> Features: maps (B, C_i, h_i, w_i) in image order, and prefix tokens
-           └── embed ──> Tokens ── encode(keep) ──> (B, P + N, C)             isotropic families only
+           └── embed ──> Tokens ── encode(keep, blocks) ──> Tokens            isotropic families only
+
+Every way in takes a `mask` (B, H, W) of padded pixels, for batches that mix sizes.
 
 Legend: `B` batch, `C` channels or width, `H`, `W` pixels, `h`, `w` token grid, `N` tokens, `P` prefix tokens,
 `K` classes.
@@ -14,11 +16,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -39,18 +41,24 @@ class Features(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """An image as a sequence, before the first block. Rows: `prefix` tokens, then the grid in raster order."""
+    """An image as a sequence, before, between or after blocks. Rows: `prefix` tokens, then image tokens.
+
+    Whoever adds prefix rows (prompts, side data, detection tokens) adds them after the family's own, gives them a row
+    of `pos` too while there is one, and raises `prefix`: `tokens._replace(x=…, pos=…, prefix=…)`.
+    """
 
     x: Tensor
-    """(B, P + N, C), positions not yet added"""
+    """(B, P + N, C)"""
     pos: Tensor | None
-    """(1 or B, P + N, C) what `encode` adds, zero for rows without a position; rotary families hold their table here"""
+    """(1 or B, P + N, C) what `encode` has yet to add, zero for rows without a position; None once it is added"""
     grid: tuple[int, int]
-    """h, w with N = h * w"""
+    """h, w of the whole image"""
     prefix: int
     """P"""
     padding: Tensor | None = None
     """(B, N) true where a patch holds nothing but padded pixels; None where no pixel is padded"""
+    cells: Tensor | None = None
+    """(B, N) which cell of the grid each image token is, in raster order; None for all cells, N = h * w"""
 
 
 class FeatureInfo(NamedTuple):
@@ -58,9 +66,11 @@ class FeatureInfo(NamedTuple):
 
     num_chs: int
     reduction: float
-    """pixels per row of cells at the configured size"""
+    """pixels from one row of cells to the next, at the configured size"""
     module: str
     """the submodule whose output it is"""
+    reduction_w: float | None = None
+    """pixels from one column to the next, where that is another number"""
 
 
 class Backbone(nn.Module, ABC):
@@ -82,8 +92,18 @@ class Backbone(nn.Module, ABC):
     images: str = ""
     """one line: what images the present weights are for"""
 
+    @property
+    def num_classes(self) -> int:
+        """K, as the head has it, whoever put it there; 0 without a head."""
+        widths = [part.out_features for part in self.get_classifier().modules() if isinstance(part, nn.Linear)]
+        return widths[-1] if widths else 0
+
     @abstractmethod
-    def forward_features(self, images: Tensor) -> Any:
+    def get_classifier(self) -> nn.Module:
+        """The head that makes logits; of several, the first."""
+
+    @abstractmethod
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Any:
         """images (B, C, H, W) -> what this family's `forward_head` takes; nobody else looks inside."""
 
     @abstractmethod
@@ -94,12 +114,21 @@ class Backbone(nn.Module, ABC):
     def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
         """The output of `forward_features` -> logits (B, K), or (B, num_features) with `pre_logits`."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> logits (B, K), the same in training and evaluation."""
-        return self.forward_head(self.forward_features(images))
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images (B, C, H, W) -> logits (B, K), the same in training and evaluation.
+
+        Pixels marked in `mask` (B, H, W) are padding: not seen, not pooled.
+        """
+        return self.forward_head(self.forward_features(images, mask))
 
     @abstractmethod
-    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
+    def features(
+        self,
+        images: Tensor,
+        indices: Sequence[int] | int | None = None,
+        norm: bool = True,
+        mask: Tensor | None = None,
+    ) -> Features:
         """The features after the blocks or stages named by `indices` (from 0, negative from the end).
 
         An int means the last so many, None means all. `norm` applies the final norm where the family has one.
@@ -141,11 +170,20 @@ class Backbone(nn.Module, ABC):
         return [i % depth for i in indices]
 
     def card(self, **training: Any) -> ModelCard:
-        """What a model folder says of this model; `training` is recorded beside it."""
+        """What a model folder says of this model; `training` is recorded beside it.
+
+        A head that was put in by hand counts as it is; class names that no longer fit it are left out.
+        """
         return ModelCard(
-            family=self.family, config=asdict(self.config), name=self.variant, classes=self.classes,
-            preprocess=self.preprocess, images=self.images, training=training, version=version("vitrail"),
-        )  # fmt: skip
+            family=self.family,
+            config=asdict(replace(self.config, num_classes=self.num_classes)),
+            name=self.variant,
+            classes=self.classes if len(self.classes) == self.num_classes else (),
+            preprocess=self.preprocess,
+            images=self.images,
+            training=training,
+            version=version("vitrail"),
+        )
 
     def save_pretrained(self, path: str | Path, **training: Any) -> Path:
         """Writes `model.safetensors`, `config.json` and a sha256 manifest, all or nothing. Returns the folder."""
@@ -167,10 +205,24 @@ def family_config(cls: type[T]) -> type[T]:
 
     @wraps(plain_init)
     def init(self: T, **given: Any) -> None:
-        plain_init(self, **spelled(cls, given))
+        values = spelled(cls, given)
+        _check_kinds(made, values)
+        plain_init(self, **values)
 
     made.__init__ = init  # type: ignore[method-assign, assignment]
     return made
+
+
+def _check_kinds(config: type, values: Mapping[str, Any]) -> None:
+    """Raises `TypeError` where a number or a switch is something else; words and sizes are for the config itself."""
+    hints = get_type_hints(config)
+    for name, value in values.items():
+        kinds = set(get_args(hints[name]) or (hints[name],))
+        if kinds <= {int, float, bool, type(None)}:
+            whole = type(value) is int or (float in kinds and type(value) is float and math.isfinite(value))
+            if not (type(value) in kinds - {float} or (whole and kinds & {int, float})):
+                wanted = " or ".join(sorted("None" if kind is type(None) else kind.__name__ for kind in kinds))
+                raise TypeError(f"{name} must be {wanted}; got {value!r}")
 
 
 def spelled(config: type, given: Mapping[str, Any], base: Any = None) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class ResNetConfig:
         object.__setattr__(self, "img_size", pair(self.img_size))
         object.__setattr__(self, "depths", tuple(self.depths))
         check_choice("stem", self.stem, ("imagenet", "small"))
+        if not 1 <= len(self.depths) <= 8 or not all(type(n) is int and n >= 1 for n in self.depths):
+            raise ValueError(f"depths must name 1 to 8 stages of at least one block each; got {self.depths}")
+        for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if min(self.img_size) < 1 or not 0 <= self.drop_rate < 1:
+            raise ValueError(
+                f"img_size must be at least 1 and drop_rate lie in [0, 1); got {self.img_size} and {self.drop_rate}"
+            )
 
 
 VARIANTS: dict[str, ResNetConfig] = {
@@ -81,7 +90,8 @@ class ResNet(Backbone):
         self.fc = nn.Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
         self.init_weights()
 
-    def _through(self, images: Tensor) -> list[Tensor]:
+    def _through(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+        images = images if mask is None else images.masked_fill(mask[:, None], 0)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         states = []
         for name in self.stages:
@@ -91,9 +101,9 @@ class ResNet(Backbone):
             states.append(x)
         return states
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> the last stage's map (B, num_features, h, w)."""
-        return self._through(images)[-1]
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images (B, C, H, W) -> the last stage's map (B, num_features, h, w); padded pixels count as zeros."""
+        return self._through(images, mask)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, num_features, h, w) -> logits (B, K), or (B, num_features) with `pre_logits`."""
@@ -104,10 +114,19 @@ class ResNet(Backbone):
         """A ResNet has one head."""
         return (self.forward_head(x),)
 
-    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def features(
+        self,
+        images: Tensor,
+        indices: Sequence[int] | int | None = None,
+        norm: bool = True,
+        mask: Tensor | None = None,
+    ) -> Features:
         """The maps after the stages named by `indices`; a ResNet has no final norm and no prefix tokens."""
         wanted = self.feature_indices(indices)
-        states = self._through(images)
+        states = self._through(images, mask)
         return Features(
             [states[i] for i in wanted], [states[i].new_zeros(len(images), 0, states[i].shape[1]) for i in wanted]
         )

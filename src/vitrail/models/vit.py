@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,6 +70,8 @@ class ViTConfig:
     fc_norm: bool | None = None
     """norm after pooling, not before; None: only for mean pooling"""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-6
+    """CLIP has 1e-5, transformers' ViT 1e-12"""
     act: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     drop_rate: float = 0.0
     """dropout before the head"""
@@ -167,8 +170,8 @@ class VisionTransformer(Backbone):
         self.blocks = nn.ModuleList(_block(c, rate) for rate in rates)
         self._make_head()
         self.grad_checkpointing = False
-        stride = pair(c.patch_size)[0]
-        self.feature_info = [FeatureInfo(c.embed_dim, stride, f"blocks.{i}") for i in range(c.depth)]
+        rows, columns = pair(c.patch_size)
+        self.feature_info = [FeatureInfo(c.embed_dim, rows, f"blocks.{i}", columns) for i in range(c.depth)]
         self.init_weights()
 
     def _make_positions(self) -> None:
@@ -182,11 +185,12 @@ class VisionTransformer(Backbone):
             self.pos_embed = nn.Parameter(table) if c.pos_embed == "learn" else None
 
     def _make_head(self) -> None:
-        c, make_norm = self.config, NORMS[self.config.norm]
+        c = self.config
+        make_norm = partial(NORMS[c.norm], eps=c.norm_eps)
         late = c.global_pool == "avg" if c.fc_norm is None else c.fc_norm
         self.norm = nn.Identity() if late else make_norm(c.embed_dim)
         self.attn_pool = (
-            AttentionPool(c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, norm=c.norm)
+            AttentionPool(c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, norm=c.norm, norm_eps=c.norm_eps)
             if c.global_pool == "map" else None
         )  # fmt: skip
         self.fc_norm = make_norm(c.embed_dim) if late else nn.Identity()
@@ -213,59 +217,75 @@ class VisionTransformer(Backbone):
         pos = resize_positions(self.pos_embed, self.patch_embed.grid_size, grid, 0 if bare else self.num_prefix_tokens)
         return nn.functional.pad(pos, (0, 0, self.num_prefix_tokens, 0)) if bare else pos
 
-    def encode(self, tokens: Tokens, keep: Tensor | None = None) -> Tensor:
-        """All blocks and the norm: (B, P + N, C), or (B, P + K, C) for the image tokens named by `keep` (B, K)."""
-        return self.norm(self._through(tokens, keep)[0])
+    def encode(
+        self, tokens: Tokens, keep: Tensor | None = None, *, blocks: slice = slice(None), norm: bool = True
+    ) -> Tokens:
+        """Positions, blocks and norm: tokens -> tokens, for the image tokens named by `keep` (B, K) alone.
+
+        `keep` counts the image tokens that are there, from 0. A part of the blocks may be run, so that
+        `encode(encode(t, blocks=slice(k), norm=False), blocks=slice(k, None))` is `encode(t)`.
+        """
+        tokens = self._through(tokens, keep, blocks)[0]
+        return tokens._replace(x=self.norm(tokens.x)) if norm else tokens
 
     def _through(
-        self, tokens: Tokens, keep: Tensor | None = None, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tokens after the last block, and those after each block named in `taps`."""
-        x = tokens.x if tokens.pos is None else tokens.x + tokens.pos
-        padding, seen = tokens.padding, {}
-        if keep is not None:
-            x = keep_tokens(x, keep, tokens.prefix)
-            padding = None if padding is None else padding.gather(1, keep)
-        x = self.pos_drop(x)
-        bias = None if padding is None else padding_bias(padding, tokens.prefix, x.dtype)
-        layout = Layout(tokens.grid, tokens.prefix, query_index=keep, key_index=keep)
-        for index, block in enumerate(self.blocks):
-            x = run_block(block, x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
+        self, tokens: Tokens, keep: Tensor | None = None, blocks: slice = slice(None), taps: Sequence[int] = ()
+    ) -> tuple[Tokens, dict[int, Tensor]]:
+        """The tokens after the last of `blocks`, and their x after each block named in `taps`."""
+        tokens = _placed(tokens, self.pos_drop)
+        tokens = tokens if keep is None else _kept(tokens, keep)
+        x, seen = tokens.x, {}
+        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
+        readout = (0,) if self.config.global_pool == "token" else ()
+        layout = Layout(
+            tokens.grid, tokens.prefix, query_index=tokens.cells, key_index=tokens.cells, readout=readout
+        )  # fmt: skip
+        for index in range(len(self.blocks))[blocks]:
+            x = run_block(self.blocks[index], x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
             if index in taps:
                 seen[index] = x
-        return x, seen
+        return tokens._replace(x=x), seen
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """images (B, C_in, H, W) -> (B, P + N, C), normed unless the norm comes after pooling."""
-        return self.encode(self.embed(images))
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+        """images (B, C_in, H, W) -> Tokens whose x (B, P + N, C) is normed unless the norm comes after pooling."""
+        return self.encode(self.embed(images, mask))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, padding: Tensor | None = None) -> Tensor:
-        """(B, P + N, C) -> logits (B, K), or (B, C) with `pre_logits`. `padding` (B, N) marks tokens not to pool."""
-        x = self.head_drop(self.fc_norm(self._pool(x, padding)))
-        return x if pre_logits else self.head(x)
+    def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
+        """Tokens of `forward_features` or `encode` -> logits (B, K), or (B, C) with `pre_logits`."""
+        pooled = self.head_drop(self.fc_norm(self._pool(x)))
+        return pooled if pre_logits else self.head(pooled)
 
-    def _pool(self, x: Tensor, padding: Tensor | None) -> Tensor:
+    def _pool(self, tokens: Tokens) -> Tensor:
         if self.config.global_pool == "token":
-            return x[:, 0]
-        x = x[:, self.num_prefix_tokens :]
+            return tokens.x[:, 0]
+        x, padding = tokens.x[:, tokens.prefix :], tokens.padding
         if self.attn_pool is None:
             return mean_tokens(x, padding)
-        return self.attn_pool(x, None if padding is None else padding_bias(padding, 0, x.dtype))
+        bias = None if padding is None else padding_bias(padding, 0, x.dtype)
+        layout = Layout(tokens.grid, prefix=1, key_prefix=0, key_index=tokens.cells, readout=(0,))
+        return self.attn_pool(x, bias=bias, layout=layout)
 
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward_heads(self, x: Tokens) -> tuple[Tensor, ...]:
         """A plain ViT has one head: the logits (B, K) of what `forward_features` returned."""
         return (self.forward_head(x),)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """images (B, C_in, H, W) -> logits (B, K); pixels marked in `mask` (B, H, W) are neither seen nor pooled."""
-        tokens = self.embed(images, mask)
-        return self.forward_head(self.encode(tokens), padding=tokens.padding)
+    def get_classifier(self) -> nn.Module:
+        return self.head
 
-    def features(self, images: Tensor, indices: Sequence[int] | int | None = None, norm: bool = True) -> Features:
-        """Tokens after the blocks named by `indices`, as maps (B, C, h, w) and prefix tokens (B, P, C)."""
+    def features(
+        self,
+        images: Tensor,
+        indices: Sequence[int] | int | None = None,
+        norm: bool = True,
+        mask: Tensor | None = None,
+    ) -> Features:
+        """Tokens after the blocks named by `indices`, as maps (B, C, h, w) and prefix tokens (B, P, C).
+
+        No block is run beyond the last that is named.
+        """
         wanted = self.feature_indices(indices)
-        tokens = self.embed(images)
-        seen = self._through(tokens, taps=wanted)[1]
+        tokens = self.embed(images, mask)
+        seen = self._through(tokens, blocks=slice(max(wanted, default=-1) + 1), taps=wanted)[1]
         states = [self.norm(seen[i]) if norm else seen[i] for i in wanted]
         maps = [x[:, tokens.prefix :].transpose(1, 2).unflatten(2, tokens.grid) for x in states]
         return Features(maps, [x[:, : tokens.prefix] for x in states])
@@ -338,11 +358,25 @@ class VisionTransformer(Backbone):
         self.grad_checkpointing = enable
 
 
+def _placed(tokens: Tokens, drop: nn.Module) -> Tokens:
+    """Tokens with their positions added, once."""
+    return tokens if tokens.pos is None else tokens._replace(x=drop(tokens.x + tokens.pos), pos=None)
+
+
+def _kept(tokens: Tokens, keep: Tensor) -> Tokens:
+    """Only the image tokens named by `keep` (B, K), with the cells and the padding that are theirs."""
+    return tokens._replace(
+        x=keep_tokens(tokens.x, keep, tokens.prefix),
+        padding=None if tokens.padding is None else tokens.padding.gather(1, keep),
+        cells=keep if tokens.cells is None else tokens.cells.gather(1, keep),
+    )
+
+
 def _block(c: ViTConfig, drop_path: float) -> Block:
     return Block(
         c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
         init_values=c.init_values, proj_drop=c.proj_drop_rate, attn_drop=c.attn_drop_rate, drop_path=drop_path,
-        norm=c.norm, act=c.act, attn=c.attn,
+        norm=c.norm, norm_eps=c.norm_eps, act=c.act, attn=c.attn,
     )  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""What is a ResNet's own: its ranges, and padded pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.models.cnn import ResNet, ResNetConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(depths=()), "depths must name 1 to 8 stages"),
+        (dict(depths=(2, 0)), r"depths must name 1 to 8 stages of at least one block each; got \(2, 0\)"),
+        (dict(depths=(1,) * 9), "depths must name 1 to 8 stages"),
+        (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
+        (dict(drop_rate=1.0), r"drop_rate lie in \[0, 1\)"),
+        (dict(stem="smal"), "did you mean small"),
+    ],
+)
+def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ResNetConfig(**given)
+
+
+@torch.no_grad()
+def test_padded_pixels_count_as_zeros() -> None:
+    model = ResNet(embed_dim=8, stem="small", img_size=32, num_classes=3).eval()
+    x, mask = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[:, 20:] = True
+    cut = x.clone()
+    cut[:, :, 20:] = 0
+    assert torch.equal(model(x, mask), model(cut))
+    assert torch.equal(model.features(x, mask=mask).maps[0], model.features(cut).maps[0])
