@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,14 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture
+def loud() -> Iterator[None]:
+    """Warnings as users have them, where the other tests make errors of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield
+
+
+@pytest.fixture
 def shipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stands for the model that ships."""
     monkeypatch.setitem(load.SHIPPED, cli.SHIPPED, load.Shipped(run / "model", "noise"))
@@ -103,6 +112,9 @@ def test_train_writes_a_run(run: Path):
     ("--auto-augment rand --download", dict(download=True, auto_augment="rand")),
     ("--auto_augment=trivial --drop_path=0.1 --n-epochs=4", dict(auto_augment="trivial", drop_path=0.1, epochs=4)),
     ("--img-size 64 --in-memory false", dict(img_size=64, in_memory=False)),
+    ("--image-size 64 --num-workers 3", dict(img_size=64, workers=3)),
+    ("--input-size=64 --drop-path-rate 0.2", dict(img_size=64, drop_path=0.2)),
+    ("--lr 1e-7", dict(lr=1e-7, min_lr=1e-7)),
 ])  # fmt: skip
 def test_flags_in_any_spelling(words: str, fields: dict[str, object], told: Callable[..., TrainConfig]):
     config = told(*shlex.split(words))
@@ -366,6 +378,11 @@ def test_the_installed_script():
     ("train --epoch 3", "vitrail train has no flag --epoch: did you mean --epochs?"),
     ("train --label_smothing 0.1", "did you mean --label-smoothing?"),
     ("train --lr 1e-3 --learning-rate 1e-4", "one spelling of --lr; got --lr and --learning-rate: drop one"),
+    ("train --opt sgd", "vitrail train has no flag --opt: see vitrail train --help"),
+    ("train --n-classes 3", "vitrail train takes no --n-classes: the data says it"),
+    ("train --hidden_size 192", "takes no --hidden-size: the row that `model` names says it (`vitrail models`)"),
+    ("zzz", "models, demo; got 'zzz'\n"),
+    ("train --model vit_tinny", "'vit_tinny'; the nearest are vit_tiny,"),
     ("train --epochs three", "--epochs takes a whole number; got three"),
     ("train --epochs -1", "--epochs must be at least 1; got -1"),
     ("train --epochs", "--epochs: expected one argument"),
@@ -392,11 +409,10 @@ def test_the_installed_script():
     ("predict {photos}/dark --model {run} --top 0", "top must be at least 1; got 0"),
     ("predict {photos}/dark --model {run} --device tpu", "device must be auto or one that is here"),
     ("explain {photos}/dark --model {run} --method rolout", "got 'rolout': did you mean rollout?"),
-    ("explain {photos}/dark --model {run} --layers 2", "leave --layers out, or take --method attention"),
     ("explain {photos}/dark --model {run} --heads all", "rollout fuses heads by mean, max or min; got 'all'"),
     ("explain {photos}/dark --model {run} --method attention --layers 2 9", "must lie in 1 … 3, the attention layers"),
     ("explain {photos}/dark --model {run} --method attention --layers x", "--layers takes a whole number; got x"),
-    ("explain {photos}/dark --model {run} --method attention --heads 7", "heads must lie in 0 … 2; got [7]"),
+    ("explain {photos}/dark --model {run} --method attention --heads 7", "heads must lie in 0 … 2"),
     ("explain {photos}/dark --model {run} --method attention --heads meen", "or head numbers from 0; got 'meen'"),
     ("explain {photos}/dark --model {run} --out {run}/config.yaml", "{run}/config.yaml: File exists"),
 ])  # fmt: skip
@@ -408,6 +424,62 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, message: str, run: Pa
     assert (out, err.count("\n")) == ("", 1)
 
 
+def test_a_wrong_model_is_found_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Said):
+    monkeypatch.setattr(trainer, "load_splits", lambda _: pytest.fail("the data was read"))
+    _, err = said("train", "--model", "vit_tinny", "--out", tmp_path / "run", code=2)
+    assert "there is no model 'vit_tinny'" in err
+
+
+@pytest.mark.usefixtures("loud")
+def test_dropout_is_told_as_a_note(told: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]):
+    assert told("--dropout", 0.1).drop_rate == 0.1
+    assert "note: vitrail train: dropout is taken for drop_rate\n" in capsys.readouterr().err
+
+
+def test_what_the_package_logs_is_shown_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, said: Said):
+    log = logging.getLogger("vitrail")
+    before = log.level, list(log.handlers)
+    monkeypatch.setitem(COMMANDS, "models", lambda: log.info("vit_tiny is %s", "a\x1b[2Jrow"))
+    assert said("models") == ("", "vit_tiny is a\\x1b[2Jrow\n")
+    assert (log.level, list(log.handlers)) == before
+
+
+@pytest.mark.usefixtures("loud")
+@pytest.mark.parametrize("variable", cli.PROCESS_NUMBERS)
+def test_of_several_processes_the_first_speaks(variable: str, monkeypatch: pytest.MonkeyPatch, said: Said):
+    def speak() -> None:
+        warnings.warn("mind", UserWarning, stacklevel=1)
+        logging.getLogger("vitrail").info("the step")
+        cli._tell("done")
+
+    monkeypatch.setitem(COMMANDS, "models", speak)
+    monkeypatch.setenv(variable, "0")
+    assert said("models")[1].splitlines() == ["note: mind", "the step", "done"]
+    monkeypatch.setenv(variable, "1")
+    assert said("models") == ("", "")
+    _, err = said("models", "--wrong", code=2)  # a mistake that only this process sees must be seen
+    assert err.startswith("error: ")
+
+
+def test_names_that_a_terminal_would_obey_are_escaped(run: Path, photos: Path, tmp_path: Path, said: Said):
+    image = Path(shutil.copy(photos / "dark" / "0.png", tmp_path / "a\x1b[2J.png"))
+    out, _ = said("predict", image, "--model", run)
+    assert out.startswith(f"{tmp_path}/a\\x1b[2J.png  dark ")
+    out, _ = said("predict", image, "--model", run, "--json")
+    assert json.loads(out)["id"] == str(image)
+    _, err = said("predict", f"{image}\nerror: fine", "--model", run, code=2)
+    assert "\x1b" not in err
+    assert err.count("\n") == 1
+
+
+def test_answers_are_printed_as_their_batch_is_done(run: Path, photos: Path, tmp_path: Path, said: Said):
+    for number in range(32):
+        shutil.copy(photos / "dark" / "0.png", tmp_path / f"{number:02d}.png")
+    (tmp_path / "z.png").write_text("no image")
+    out, err = said("predict", tmp_path, "--model", run, code=2)
+    assert (len(out.splitlines()), err.count("\n")) == (32, 1)
+
+
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, said: Said):
     def stop() -> None:
         raise KeyboardInterrupt
@@ -416,16 +488,15 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, said: Said):
     assert said("models", code=130) == ("", "")
 
 
+@pytest.mark.usefixtures("loud")
 def test_warnings_become_notes(monkeypatch: pytest.MonkeyPatch, said: Said):
     def warn() -> None:
         warnings.warn("mind the step", UserWarning, stacklevel=1)
 
     monkeypatch.setitem(COMMANDS, "models", warn)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        shown = warnings.showwarning
-        assert said("models") == ("", "note: mind the step\n")
-        assert warnings.showwarning is shown
+    shown = warnings.showwarning
+    assert said("models") == ("", "note: mind the step\n")
+    assert warnings.showwarning is shown
 
 
 def test_nothing_of_the_process_is_changed(run: Path, photos: Path, said: Said):

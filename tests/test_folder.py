@@ -98,6 +98,12 @@ def test_a_card_that_is_no_json_is_refused_before_anything_is_written(tmp_path: 
     assert names(tmp_path) == []
 
 
+def test_a_name_that_a_terminal_would_obey_is_not_written(tmp_path: Path):
+    with pytest.raises(FolderError, match=r"a model card: classes must hold no control .*; got '\\x1b\[31mred'"):
+        write_folder(tmp_path / "m", state(), ModelCard(family="vit", config={}, classes=("\x1b[31mred",)))
+    assert names(tmp_path) == []
+
+
 def test_a_model_is_replaced(model: Path):
     write_folder(model, state(2.0), CARD)
     assert read_weights(model)["a.weight"][0, 0] == 2
@@ -278,7 +284,15 @@ DEEP = "[" * 100_000
     ({"classes": ["a" * 1000]}, "at most 200 characters"),
     ({"family": "../../etc/passwd"}, "family must be a plain name; got '../../etc/passwd'"),
     ({"name": "a/b"}, "name must be a plain name"),
-    ({"config": {"depth": 10**12}}, r"config\.depth must lie within ±1,000,000; got 1\.000e\+12"),
+    ({"config": {"depth": 10**12}}, r"config\.depth must lie within ±1,000; got 1\.000e\+12"),
+    ({"config": {"depths": [2, 1001]}}, r"config\.depths\.1 must lie within ±1,000; got 1001"),
+    ({"config": {"img_size": [32, 16385]}}, r"config\.img_size\.1 must lie within ±16,384; got 16385"),
+    ({"config": {"patch_size": 10**7}}, r"config\.patch_size must lie within ±1,000,000"),
+    ({"preprocess": {"img_size": [10**6, 10**6]}}, r"preprocess\.img_size\.0 must lie within ±16,384"),
+    ({"classes": ["a", "\x1b[2Jb"]}, r"classes must hold no control characters; got '\\x1b\[2Jb': rename it"),
+    ({"images": "cells\u202e"}, r"images must hold no control characters; got 'cells\\u202e'"),
+    ({"training": {"recipe": {"out": "a\rb"}}}, r"training\.recipe\.out must hold no control characters"),
+    ({"training": {"a\x07": 1}}, r"training must hold no control characters"),
     ({"config": {"sizes": [{"x": -(10**400)}]}}, r"config\.sizes\.0\.x .* a huge number"),
     ({"preprocess": {"img_size": [10**9, 1]}}, r"preprocess\.img_size\.0"),
     ({"preprocess": {"mean": 3}}, r"preprocess\.mean must be a list; got 3"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vitrail import images
-from vitrail.images import ImageError, UnequalSizesError, read_image, read_images, to_rgb
+from vitrail.images import ImageError, UnequalSizesError, open_image, read_image, read_images, to_pixels, to_rgb
 
 
 def test_pixels_arrive_as_they_are(tmp_path):
@@ -37,6 +41,17 @@ def test_exif_orientation_is_turned_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     assert torch.equal(read_image(tmp_path / "a.png"), images.to_tensor(upright))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_opened_picture_is_turned_as_its_file_is(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).save(tmp_path / "a.png", exif=exif)
+    turned = read_image(tmp_path / "a.png")
+    assert turned.shape[1:] == ((4, 6) if orientation < 5 else (6, 4))
+    assert torch.equal(to_pixels(Image.open(tmp_path / "a.png")), turned)
+    assert torch.equal(to_pixels(open_image(tmp_path / "a.png")), turned)  # once, not twice
 
 
 def test_sixteen_bits_are_scaled_linearly(tmp_path):
@@ -75,8 +90,58 @@ def test_a_truncated_file_is_named(tmp_path):
 
 def test_a_folder_with_an_image_name_is_named(tmp_path):
     (tmp_path / "dir.png").mkdir()
-    with pytest.raises(ImageError, match=r"dir\.png"):
+    with pytest.raises(ImageError, match=r"dir\.png: an image must be a regular file; got a folder"):
         read_image(tmp_path / "dir.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices as files")
+def test_a_pipe_and_a_device_are_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(ImageError, match=rf"{name}: an image must be a regular file; got a pipe or a device"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("Decompressed data too large"), struct.error("unpack requires 4 bytes"), MemoryError(),
+    OverflowError("x"), IndexError("odd"), TypeError("odd"), Image.DecompressionBombError("odd"),
+    Image.DecompressionBombWarning("odd"),
+    zlib.error("odd"), OSError("odd"), SyntaxError("odd"), EOFError(),
+])  # fmt: skip
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    opened = Image.open(tmp_path / "a.png")
+    monkeypatch.setattr(images, "to_rgb", broken)
+    with pytest.raises(ImageError, match=rf"a\.png: {re.escape(str(error)) or type(error).__name__}$"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="the given picture: "):
+        to_pixels(opened)
+
+
+def test_a_bomb_of_text_is_named(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("a", "x" * 10_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "bomb.png", pnginfo=text)
+    with pytest.raises(ImageError, match=r"bomb\.png: .*too large"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("high", [1.0, 1.009])
+def test_floats_become_bytes(high):
+    assert to_pixels(torch.full((3, 2, 2), high)).unique().tolist() == [255]
+    assert to_pixels(np.full((2, 2, 3), 0.5)).unique().tolist() == [128]
+    assert to_pixels(np.full((2, 3), 0.5, np.float16)).shape == (3, 2, 3)
+
+
+def test_an_array_is_copied():
+    array = np.zeros((2, 2, 3), np.uint8)
+    pixels = to_pixels(array)
+    array[:] = 9
+    assert not pixels.any()
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.predict import Predictor, ViTClassifier
 from vitrail.records import Classification, Preprocess
+from vitrail.tasks.classify import Classify
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,45 @@ def test_the_answer_is_the_networks(model: Backbone, photo: Path):
 
 def test_every_kind_of_image_is_the_same_image(model: Backbone, photo: Path):
     tensor = torch.from_numpy(pixels()).permute(2, 0, 1)
-    kinds = [photo, str(photo), Image.open(photo), tensor, pixels()]
+    kinds = [photo, str(photo), Image.open(photo), tensor, pixels(), tensor / 255, pixels() / 255]
     answers = Predictor(model).predict(kinds)
     assert len({answer.top for answer in answers}) == 1
-    assert [answer.id for answer in answers] == [str(photo), str(photo), "", "", ""]
+    assert [answer.id for answer in answers] == [str(photo), str(photo), *[""] * 5]
     grey = Image.fromarray(pixels()).convert("L")
     assert Predictor(model).predict(np.asarray(grey)) == Predictor(model).predict(grey)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_photograph_has_one_answer(model: Backbone, tmp_path: Path, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels()).save(tmp_path / "turned.png", exif=exif)
+    by_path, by_picture = Predictor(model).predict([tmp_path / "turned.png", Image.open(tmp_path / "turned.png")])
+    assert by_path.top == by_picture.top
+    assert by_path.top != Predictor(model).predict(pixels()).top
+
+
+def test_answers_come_as_their_batch_is_done(model: Backbone, tmp_path: Path):
+    stream = Predictor(model).stream([pixels(), pixels(seed=1), tmp_path / "none.png"], batch_size=2)
+    assert [next(stream).label, next(stream).label] == [
+        a.label for a in Predictor(model).predict([pixels(), pixels(seed=1)])
+    ]
+    with pytest.raises(ImageError, match="none.png"):
+        next(stream)
+
+
+@pytest.mark.parametrize("names", [["a"], list("abcdefghijk")])
+def test_names_that_are_not_one_a_logit_are_refused(model: Backbone, names: list[str]):
+    message = rf"one a logit; got {len(names)} names for 10 logits: name them all, or reset_classifier"
+    with pytest.raises(ValueError, match=message):
+        Predictor(model, classes=names)
+    foreign = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ValueError, match=message):
+        Predictor(foreign, preprocess=Preprocess(img_size=(8, 8)), classes=names).predict(pixels())
+    other = build_model("vit_debug", depth=1)
+    other.classes = tuple(names)
+    with pytest.raises(ValueError, match=message):
+        Classify(other)
 
 
 def test_batched_equals_single(model: Backbone):
@@ -98,13 +132,16 @@ def test_any_network_with_its_preprocessing():
 
 
 @pytest.mark.parametrize(("image", "message"), [
-    (7, "a path, a Pillow picture, or a uint8 tensor or array; got int"),
-    (torch.zeros(3, 8, 8), r"uint8 \(C, H, W\); got torch\.float32 \(3, 8, 8\): scale it"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"got torch\.uint8 \(2, 3, 8, 8\): give list\(batch\)"),
+    (7, "a path, a Pillow picture, a tensor or an array; got int"),
+    (torch.randn(3, 8, 8) * 9, r"a float image must lie in \[0, 1\]; got -.*preprocess\.denormalise"),
+    (torch.full((3, 8, 8), 200.0), r"must lie in \[0, 1\]; got 200 … 200: divide by 255"),
+    (torch.zeros(3, 8, 8).long(), r"must be uint8 or float; got torch\.int64: scale it"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"is \(C, H, W\); got shape \(2, 3, 8, 8\): give list\(batch\)"),
     (torch.zeros(3, 0, 8, dtype=torch.uint8), r"\(3, 0, 8\)"),
     (torch.zeros(5, 8, 8, dtype=torch.uint8), r"takes 3 channels; got an image of shape \(5, 8, 8\)"),
-    (np.zeros((8, 8, 3)), r"uint8 \(H, W, C\) or \(H, W\); got float64 \(8, 8, 3\): scale it"),
-    (np.zeros((2, 8, 8, 3), np.uint8), r"got uint8 \(2, 8, 8, 3\): give list\(batch\)"),
+    (np.full((8, 8, 3), 2.0), r"must lie in \[0, 1\]; got 2 … 2"),
+    (np.zeros((8, 8, 3), np.int32), "must be uint8 or float; got int32: scale it"),
+    (np.zeros((2, 8, 8, 3), np.uint8), r"\(H, W, C\) or \(H, W\); got shape \(2, 8, 8, 3\): give list\(batch\)"),
     (np.zeros((3, 8, 9), np.uint8), r"takes 3 channels; got an image of shape \(9, 3, 8\)"),
 ])  # fmt: skip
 def test_what_is_no_image_is_refused(model: Backbone, image: Any, message: str):

@@ -85,6 +85,13 @@ def test_prepare_normalises_raw_batches_and_leaves_the_rest() -> None:
     assert preprocess.prepare(ready) is ready
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_prepare_refuses_what_is_neither_raw_nor_ready(dtype: torch.dtype) -> None:
+    batch = Batch(image=torch.ones(2, 3, 4, 4, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"must be uint8, or floating in \[0, 1\]; got {dtype}: .*images\.to\(torch"):
+        Preprocess().prepare(batch)
+
+
 def test_preprocess_survives_a_dict_json_lists_and_pickle() -> None:
     preprocess = Preprocess(img_size=(32, 48), crop_pct=0.9, crop_mode="squash", interpolation="bilinear")
     values = asdict(preprocess)

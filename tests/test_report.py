@@ -107,9 +107,10 @@ def test_no_more_is_held_than_is_shown():
 def test_figures_are_those_of_evaluate(tmp_path: Path):
     task, splits = task_of(), noise()
     figures, metrics, _ = report(tmp_path, task, splits)
+    numbers = json.loads((tmp_path / "metrics.json").read_text().replace("null", "NaN"))
     for name, value in evaluate(task, loader(splits.test, 12)).items():
-        assert_close(figures[name], value)
-        assert_close(torch.tensor(metrics[name], dtype=value.dtype), value)
+        assert_close(figures[name], value, equal_nan=True)
+        assert_close(torch.tensor(numbers[name], dtype=value.dtype), value, equal_nan=True)
     assert (metrics["split"], metrics["data"], metrics["classes"]) == ("test", "folder:my photos", list(CLASSES))
     assert (metrics["command"], metrics["seconds"]) == (FACTS.command, 1.5)
 
@@ -154,6 +155,35 @@ def test_a_convolutional_network_has_a_page_without_rollout(tmp_path: Path):
     _, _, page = report(tmp_path, task_of("resnet_debug"), noise())
     assert "rollout" not in page
     assert page.count('<figure class="sample') == page.count('<div class="pair"><img') > 0
+
+
+def test_a_network_whose_attention_cannot_be_rolled_out_has_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise ValueError("rollout needs maps of one size")
+
+    monkeypatch.setattr("vitrail.report.explain", refuse)
+    _, metrics, page = report(tmp_path, task_of(), noise())
+    assert "attention rollout" not in page
+    assert metrics["split"] == "test"
+
+
+def test_figures_are_kept_before_samples_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("vitrail.report.choose_samples", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        report(tmp_path, task_of(), noise())
+    assert json.loads((tmp_path / "metrics.json").read_text())["split"] == "test"
+
+
+def test_a_class_that_is_never_answered_has_no_precision(tmp_path: Path):
+    task = task_of()
+    nn.init.zeros_(task.backbone.head.weight)
+    task.backbone.head.bias.data.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    _, metrics, _ = report(tmp_path, task, noise())
+    assert metrics["precision"][1:] == [None, None]
+    assert metrics["recall"] == [1.0, 0.0, 0.0]
 
 
 def test_figures_of_images_that_chose_the_epoch_are_called_so(tmp_path: Path):

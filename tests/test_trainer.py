@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail.data.datasets import load_splits
-from vitrail.data.imagesets import Splits, TensorSet
+from vitrail.data.imagesets import ImageSet, Splits, TensorSet
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import eval_transform
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.models.vit import ViTConfig
-from vitrail.records import Preprocess
+from vitrail.predict import Predictor
+from vitrail.records import Batch, Preprocess
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
@@ -123,6 +125,144 @@ def test_the_same_seed_gives_the_same_model(run: Path, config: TrainConfig, tmp_
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+# ---- what was held out stays so
+
+
+@pytest.fixture
+def own(photos: Path, config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """A recipe of one epoch on a folder of its own, which a test may change."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return replace(
+        config, data=f"folder:{tmp_path / 'photos'}", out=str(tmp_path / "run"), epochs=1, ema=0, checkpoint_every=0
+    )
+
+
+def add_photos(config: TrainConfig, count: int = 12) -> None:
+    folder = Path(config.data.removeprefix("folder:"))
+    for number in range(count):
+        shutil.copy(folder / "dark/0.png", folder / f"dark/new{number}.png")
+
+
+def drawn(config: TrainConfig) -> dict[str, list[str]]:
+    return json.loads((Path(config.out) / "splits.json").read_text())["drawn"]
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The ids of all images that a training loader is made of, as they come."""
+    seen: set[str] = set()
+
+    def watched(images: ImageSet, **settings: Any) -> DataLoader[Batch]:
+        if settings["train"]:
+            seen.update(images.ids)
+        return make_loader(images, **settings)
+
+    monkeypatch.setattr("vitrail.trainer.make_loader", watched)
+    return seen
+
+
+def test_no_held_out_image_is_ever_trained_on(
+    own: TrainConfig, trained_on: set[str], capsys: pytest.CaptureFixture[str]
+):
+    run_training(own)
+    before, statistics = drawn(own), load_model(own.out).preprocess
+    held_out = {*before["val"], *before["test"]}
+    add_photos(own)
+    fresh = load_splits(own)
+    assert {*fresh.val.ids, *fresh.test.ids} != held_out, "a draw anew is another one"
+    capsys.readouterr()
+    resume_training(own.out, replace(own, epochs=2))
+    assert not trained_on & held_out
+    assert len([name for name in trained_on if "new" in name]) == 12
+    assert "has +12 images since its parts were drawn; new ones are for training" in capsys.readouterr().err
+    assert drawn(own) == before
+    assert json.loads((Path(own.out) / "splits.json").read_text())["counts"]["train"] == {"bright": 2, "dark": 14}
+    assert load_model(own.out).preprocess == statistics
+    figures = evaluate_model(own.out, data=own.data, device="cpu")
+    assert figures["confusion"].sum() == len(before["test"])
+
+
+def test_evaluation_takes_the_parts_of_the_run(own: TrainConfig, tmp_path: Path):
+    run_training(own)
+    before = evaluate_model(own.out, data=own.data, device="cpu")["loss"]
+    shutil.copytree(Path(own.out) / "model", tmp_path / "alone")
+    assert evaluate_model(tmp_path / "alone", data=own.data, device="cpu")["loss"] == before
+    add_photos(own)
+    for name in (Path(own.out), Path(own.out) / "model"):
+        assert evaluate_model(name, data=own.data, device="cpu")["loss"] == before
+    with pytest.raises(
+        ValueError, match=r"is not what it was when .*alone was trained on it, .* evaluate the run fold"
+    ):
+        evaluate_model(tmp_path / "alone", data=own.data, device="cpu")
+
+
+def test_a_held_out_image_that_is_gone_is_named(own: TrainConfig):
+    run_training(own)
+    gone = drawn(own)["test"][0]
+    (Path(own.data.removeprefix("folder:")) / gone).unlink()
+    for again in (lambda: resume_training(own.out), lambda: evaluate_model(own.out, data=own.data, device="cpu")):
+        with pytest.raises(ValueError, match=f"lacks 1 of the images that were set aside from it: {gone}: put them ba"):
+            again()
+
+
+def test_other_data_is_drawn_anew(run: Path, photos: Path, tmp_path: Path):
+    """Images of other names were never trained on."""
+    for name in ("bright", "dark"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            shutil.copy(photos / name / f"{number}.png", tmp_path / name / f"other{number}.png")
+    assert evaluate_model(run, data=f"folder:{tmp_path}", device="cpu")["confusion"].sum() == 4
+
+
+def test_other_classes_or_no_record_end_a_resume(own: TrainConfig):
+    run_training(own)
+    shutil.copytree(Path(own.data.removeprefix("folder:")) / "dark", Path(own.data.removeprefix("folder:")) / "grey")
+    with pytest.raises(
+        ValueError, match="had the classes bright, dark when training began; now it has bright, dark, g"
+    ):
+        resume_training(own.out)
+    (Path(own.out) / "splits.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"splits\.json must say which images were held out; .*: put it back, or train"
+    ):
+        resume_training(own.out)
+
+
+# ---- the demo again
+
+
+@pytest.fixture
+def demo(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TrainConfig:
+    """The demo's place with a recipe that takes a moment."""
+    tiny = replace(config, epochs=1, ema=0, checkpoint_every=0, out=str(tmp_path / "demo"))
+    monkeypatch.setattr("vitrail.trainer.demo_config", lambda out=tiny.out: replace(tiny, out=out))
+    return tiny
+
+
+def test_the_demo_runs_again_in_its_place(demo: TrainConfig):
+    run_training(demo)
+    (Path(demo.out) / "checkpoints" / "epoch_007.ckpt").touch()
+    assert len(run_training(demo)) == 1
+    assert not (Path(demo.out) / "checkpoints" / "epoch_007.ckpt").exists()
+    assert (Path(demo.out) / "report.html").is_file()
+
+
+def test_the_demo_removes_nothing_else(demo: TrainConfig, tmp_path: Path):
+    run_training(replace(demo, seed=9))
+    with pytest.raises(
+        ValueError, match=r"over its own last run; .*demo holds checkpoints, config\.yaml, .*: name anot"
+    ):
+        run_training(demo)
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "dear.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"letters holds dear\.txt: name another with --out"):
+        run_training(replace(demo, out=str(other)))
+    assert (other / "dear.txt").is_file()
+    with pytest.raises(ValueError, match="--out must name a new run"):  # not the demo's recipe
+        run_training(replace(demo, seed=9))
+
+
 def test_to_resume_needs_a_run(tmp_path: Path, run: Path):
     with pytest.raises(ValueError, match=r"holds config\.yaml; there is none in .*: name a folder made by `train`"):
         resume_training(tmp_path)
@@ -147,12 +287,13 @@ def some_splits(channels: int = 3, side: int = 32, classes: int = 4) -> Splits:
     return Splits(name="cifar10", train=part, val=part, test=part)
 
 
-def test_a_short_name_is_completed_and_said(capsys: pytest.CaptureFixture[str]):
+def test_a_short_name_is_completed_and_said(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="vitrail")
     model = make_model(TrainConfig(model="vit_tiny_mlp1"), some_splits(side=36))
     assert (model.variant, model.preprocess.img_size) == ("vit_tiny_mlp1_patch4_32", (36, 36))
-    assert capsys.readouterr().out == "vit_tiny_mlp1 is vit_tiny_mlp1_patch4_32, for images of 36 pixels\n"
+    assert caplog.messages == ["vit_tiny_mlp1 is vit_tiny_mlp1_patch4_32, for images of 36 pixels"]
     make_model(TrainConfig(model="vit_debug"), some_splits())
-    assert capsys.readouterr().out == ""
+    assert len(caplog.messages) == 1
 
 
 def test_a_model_fits_its_images():
@@ -208,6 +349,37 @@ def test_a_config_and_plain_loaders():
     assert history["lr"][0] == pytest.approx(1e-2)
     trained = evaluate(Classify(trainer.model), plain_loader())["accuracy"].item()
     assert trained == pytest.approx(history["val_accuracy"][-1])
+
+
+def test_ready_images_leave_no_preprocessing(tmp_path: Path):
+    """Nobody said how they were normalised: pictures are refused, ready images still pass."""
+    with pytest.warns(
+        UserWarning, match="saved without preprocessing, since its images came ready: give ViTTrainer pre"
+    ):
+        ViTTrainer(TINY, device="cpu", out=tmp_path / "run").train(plain_loader(), epochs=1)
+    model, picture = load_model(tmp_path / "run"), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    assert not model.preprocess.known
+    with pytest.raises(ValueError, match="ready images does not know how they were normalised; .* give preprocess="):
+        Predictor(model).predict(picture)
+    assert Predictor(model, preprocess=Preprocess(img_size=(8, 8))).predict(picture).label
+    assert evaluate(Classify(model), plain_loader())["loss"].isfinite()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_was_said_of_ready_images_is_saved(tmp_path: Path):
+    said = Preprocess(img_size=(8, 8), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    ViTTrainer(TINY, preprocess=said, classes="abc", device="cpu", out=tmp_path / "run").train(plain_loader(), epochs=1)
+    model = load_model(tmp_path / "run")
+    assert (model.preprocess, model.classes) == (said, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="got 2 names for 3 logits"):
+        ViTTrainer(TINY, classes=("a", "b"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_raw_images_need_no_word(tmp_path: Path):
+    raw = [{"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "label": torch.tensor([0, 1])}]
+    ViTTrainer(TINY, device="cpu", out=tmp_path / "run").train(raw, epochs=1)
+    assert Predictor(load_model(tmp_path / "run")).predict(raw[0]["image"][0]).label
 
 
 def test_no_validation_and_a_folder(tmp_path: Path):

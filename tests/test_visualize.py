@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.testing import assert_close
 
 from vitrail.draw.canvas import Drawing
 from vitrail.draw.pictures import overlay
-from vitrail.explain.maps import rollout
-from vitrail.explain.record import NoAttentionError, record_attention
+from vitrail.explain.maps import METHODS, Explained, rollout
+from vitrail.explain.record import AttentionMap, NoAttentionError, record_attention
 from vitrail.images import read_image
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.predict import Predictor
-from vitrail.records import Preprocess
+from vitrail.records import Explanation, Preprocess
 from vitrail.visualize import AttentionMaps, AttentionVisualizer, visualize_patch_embedding
 
 DEPTH, HEADS = 3, 3
@@ -59,7 +60,8 @@ def seen(model: Backbone, photo: Path) -> list[Tensor]:
 
 
 def titles(figure: Drawing) -> list[str]:
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+    """Lines of a title that was wrapped are joined."""
+    return [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.get_title()]
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -117,8 +119,9 @@ def test_models_of_other_tokens(fields: dict[str, Any], layers: list[int], photo
 @pytest.mark.parametrize(("choice", "message"), [
     (dict(layers=[2, 4]), r"layers must lie in 1 … 3, .*; got \[4\]"),
     (dict(layers=[0]), "layers must be numbers from 1"),
-    (dict(heads=3), r"heads must lie in 0 … 2; got \[3\]"),
-    (dict(heads="middle"), "heads must be mean, max, min or head numbers from 0; got 'middle'"),
+    (dict(heads=3), r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[3\]"),
+    (dict(heads="-1"), r"which has 3 heads; got \[-1\]"),
+    (dict(heads="middle"), "heads must be mean, max, min, all or head numbers from 0; got 'middle'"),
 ])  # fmt: skip
 def test_what_is_not_there_is_refused(choice: dict[str, Any], message: str, visualizer, photo: Path):
     with pytest.raises(ValueError, match=message):
@@ -162,8 +165,8 @@ def test_heads_as_a_grid_or_one_of_them(visualizer, photo: Path, tmp_path: Path)
 @pytest.mark.parametrize(("place", "message"), [
     (dict(layer_idx=3), "layer_idx must lie in -3 … 2: the model has a depth of 3 attention layers; got 3"),
     (dict(layer_idx=-4), "depth of 3 attention layers; got -4"),
-    (dict(head_idx=3), r"heads must lie in 0 … 2; got \[3\]"),
-    (dict(head_idx=-1), r"heads must lie in 0 … 2; got \[-1\]"),
+    (dict(head_idx=3), r"heads must lie in 0 … 2 at layer 3, which has 3 heads; got \[3\]"),
+    (dict(head_idx=-1), r"heads must lie in 0 … 2 at layer 3, which has 3 heads; got \[-1\]"),
 ])  # fmt: skip
 def test_a_layer_or_head_that_is_not_there(place: dict[str, int], message: str, visualizer, photo: Path):
     with pytest.raises(ValueError, match=message):
@@ -172,10 +175,14 @@ def test_a_layer_or_head_that_is_not_there(place: dict[str, int], message: str, 
 
 def test_rollout_beside_the_picture_and_the_answer(model: Backbone, visualizer, photo: Path, tmp_path, monkeypatch):
     heats: list[Tensor] = []
-    monkeypatch.setattr("vitrail.visualize.overlay", lambda image, heat: heats.append(heat) or overlay(image, heat))
+    monkeypatch.setattr(
+        "vitrail.draw.pictures.overlay",
+        lambda image, heat, **options: heats.append(heat) or overlay(image, heat, **options),
+    )
     figure = visualizer.rollout(photo, fusion="max", discard=0.5, save_path=tmp_path / "rollout.png")
     assert titles(figure) == [str(Predictor(model).predict(photo)), "rollout, max of heads"]
     assert size_of(tmp_path / "rollout.png")[0] > 200
+    assert [axes.images[0].get_array().shape for axes in figure.axes] == [(224, 224, 3)] * 2  # enlarged from 32
     with record_attention() as record, torch.no_grad():
         model(model.preprocess.normalise(read_image(photo))[None])
     assert_close(heats[0], rollout(record.maps, "max", 0.5)[0, 0, 1:].view(4, 4))
@@ -195,6 +202,7 @@ def test_patches(photo: Path, tmp_path: Path):
 @pytest.mark.parametrize(("options", "names"), [
     (dict(), ["0_rollout.png"]),
     (dict(heads="min"), ["0_rollout.png"]),
+    (dict(layers=[1, 3]), ["0_rollout.png"]),
     (dict(name="cat"), ["cat_rollout.png"]),
     (dict(method="attention"), ["0_attention.png"]),
     (dict(method="attention", layers=[2, 1], heads="1"), ["0_attention.png"]),
@@ -207,8 +215,8 @@ def test_save_names_its_files(options: dict[str, Any], names: list[str], visuali
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(method="rolout"), "method must be one of rollout, attention; got 'rolout': did you mean rollout?"),
-    (dict(layers=[1]), "rollout goes over all layers: leave --layers out, or take --method attention"),
-    (dict(heads="all"), "rollout fuses heads by mean, max or min; got 'all': or take --method attention"),
+    (dict(layers=[1, 0]), "layers must be numbers from 1, or None for all; got [1, 0]"),
+    (dict(heads="all"), "rollout fuses heads by mean, max or min; got 'all': single heads are for method attention"),
 ])  # fmt: skip
 def test_save_refuses(options: dict[str, Any], message: str, visualizer, photo: Path, tmp_path: Path):
     with pytest.raises(ValueError) as error:
@@ -217,7 +225,73 @@ def test_save_refuses(options: dict[str, Any], message: str, visualizer, photo: 
     assert not (tmp_path / "out").exists()
 
 
+def test_heads_of_many_layers_are_a_grid(visualizer, photo: Path):
+    maps = visualizer.generate_attention_maps(photo, heads="all")
+    figure = visualizer.plot_attention_maps(maps)
+    rows = [["image", *(f"layer {layer}, head {head}" for head in range(HEADS))] for layer in (1, 2, 3)]
+    assert titles(figure) == [title for row in rows for title in row]
+    grid = figure.axes[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == (DEPTH, 1 + HEADS)
+
+
+def test_many_layers_are_wrapped(visualizer, photo: Path):
+    found = visualizer.generate_attention_maps(photo, [1])
+    maps = AttentionMaps(found.picture, tuple(replace(found[0], layer=n) for n in range(1, 25)))
+    grid = visualizer.plot_attention_maps(maps).axes[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == (2, 13)
+
+
+def test_rollout_to_some_layers(visualizer, photo: Path):
+    maps = visualizer.explain(photo, layers=[3, 1])
+    assert titles(visualizer.plot_attention_maps(maps)) == [
+        "image", "rollout, layer 3, mean of heads", "rollout, layer 1, mean of heads",
+    ]  # fmt: skip
+
+
+def test_a_new_method_is_drawn_and_saved_too(visualizer, photo: Path, tmp_path: Path, monkeypatch):
+    """It stands in one table, and nowhere else."""
+
+    def by_colour(model, batch, asked):
+        return Explained([Explanation(method="colour", heat=batch[0].mean(0))], model(batch))
+
+    monkeypatch.setitem(METHODS, "colour", by_colour)
+    assert visualizer.save(photo, tmp_path, method="colour") == [tmp_path / "0_colour.png"]
+
+
 # ---- models of every kind
+
+
+def test_attention_pooling_is_a_layer_too(photo: Path):
+    model = vit(class_token=False, global_pool="map")
+    visualizer = AttentionVisualizer(model, device="cpu")
+    maps = visualizer.generate_attention_maps(photo)
+    assert [m.layer for m in maps] == [1, 2, 3, 4]
+    for found, weights in zip(maps, seen(model, photo), strict=True):
+        assert_close(found.heat, weights.mean((0, 1)).view(4, 4))
+    assert titles(visualizer.visualize_attention(photo, 3))[1:] == ["head 0", "head 1", "head 2"]
+    assert len(titles(visualizer.rollout(photo))) == 2
+
+
+def test_only_what_is_shown_is_recorded(visualizer, photo: Path, monkeypatch):
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "vitrail.explain.record.AttentionMap", lambda w, *rest: shapes.append(w.shape) or AttentionMap(w, *rest)
+    )
+    visualizer.visualize_attention(photo, -1, head_idx=1)
+    visualizer.generate_attention_maps(photo, [2], heads="all")
+    assert set(shapes) == {(1, 1, 1, 17), (1, 3, 1, 17)} and len(shapes) == 3  # one to count the layers
+
+
+def test_a_network_stays_where_it_is(photo: Path, monkeypatch):
+    """Even if there is a better device."""
+    moved: list[str] = []
+    monkeypatch.setattr("vitrail.predict.pick_device", lambda name: moved.append(name) or torch.device("cpu"))
+    model = vit()
+    AttentionVisualizer(model).generate_attention_maps(photo)
+    assert moved == []
+    AttentionVisualizer(model, device="auto")
+    AttentionVisualizer("bloodcells")
+    assert moved == ["auto", "auto"]
 
 
 def test_a_model_a_folder_or_a_predictor(model: Backbone, photo: Path, tmp_path: Path):

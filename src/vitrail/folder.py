@@ -27,13 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitrail.names import nearest
+from vitrail.names import is_printable, nearest, shortened
 from vitrail.records import ModelCard
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 MAX_JSON_BYTES = 16_000_000
 MAX_NUMBER = 1_000_000
 """no size of a network is larger; a hostile one would fill the memory"""
+LIMITS = {"img_size": 16_384, "depth": 1_000, "depths": 1_000}
+"""of these no network has more: each pixel costs memory, each layer a module, before any weight is looked at"""
 MAX_NAME = 200
 Kind = type | tuple[type, ...]
 CARD: dict[str, Kind] = {
@@ -43,11 +45,13 @@ CARD: dict[str, Kind] = {
 """the JSON type of every entry of a card"""
 PREPROCESS: dict[str, Kind] = {
     "img_size": list, "mean": list, "std": list, "interpolation": str, "crop_pct": (int, float), "crop_mode": str,
+    "known": bool,
 }  # fmt: skip
 LISTED: dict[str, Kind] = {"img_size": int, "mean": (int, float), "std": (int, float)}
 """what the lists of `preprocess` hold"""
 WORDS: dict[Kind, str] = {
-    dict: "an object", list: "a list", str: "text", int: "a whole number", (int, float): "a number",
+    dict: "an object", list: "a list", bool: "true or false", str: "text", int: "a whole number",
+    (int, float): "a number",
 }  # fmt: skip
 
 
@@ -149,6 +153,8 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_json(card: ModelCard) -> str:
+    for key, value in card.to_dict().items():
+        _check_text("a model card", key, value)
     try:
         return json.dumps(_plain(card.to_dict()), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     except TypeError as error:
@@ -224,13 +230,12 @@ def read_card(path: Path) -> ModelCard:
     _verify(path, CONFIG)
     file = path / CONFIG
     values = _read_json(file)
-    _check_entries(file, values)
-    _check_preprocess(file, values.get("preprocess", {}))
-    for part in ("config", "preprocess"):
-        _check_numbers(file, part, values.get(part, {}))
     try:
+        _check_values(file, values)
         return ModelCard.from_dict(values)
-    except (TypeError, ValueError) as error:
+    except FolderError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
         raise FolderError(f"{file}: {error}") from None
 
 
@@ -280,8 +285,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise FolderError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
-        raise FolderError(f"{file}: it must hold an object; got {_short(values)}")
+        raise FolderError(f"{file}: it must hold an object; got {shortened(values)}")
     return values
+
+
+def _check_values(file: Path, values: Mapping[str, Any]) -> None:
+    _check_entries(file, values)
+    _check_preprocess(file, values.get("preprocess", {}))
+    for part in ("config", "preprocess"):
+        _check_numbers(file, part, values.get(part, {}))
+    for key, value in values.items():
+        _check_text(str(file), key, value)
 
 
 def _check_entries(file: Path, values: Mapping[str, Any]) -> None:
@@ -289,7 +303,7 @@ def _check_entries(file: Path, values: Mapping[str, Any]) -> None:
         _check_kind(file, key, value, CARD.get(key, object))
     for key in ("family", "name"):
         if not re.fullmatch(r"[\w.\-]*", values.get(key, "")):
-            raise FolderError(f"{file}: {key} must be a plain name; got {_short(values[key])}")
+            raise FolderError(f"{file}: {key} must be a plain name; got {shortened(values[key])}")
     if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in values.get("classes", [])):
         raise FolderError(f"{file}: classes must be names of at most {MAX_NAME} characters")
 
@@ -304,17 +318,25 @@ def _check_preprocess(file: Path, values: Mapping[str, Any]) -> None:
 
 def _check_kind(file: Path, where: str, value: Any, kind: Kind) -> None:
     if not isinstance(value, kind):
-        raise FolderError(f"{file}: {where} must be {WORDS[kind]}; got {_short(value)}")
+        raise FolderError(f"{file}: {where} must be {WORDS[kind]}; got {shortened(value)}")
 
 
-def _check_numbers(file: Path, where: str, value: Any) -> None:
+def _check_numbers(file: Path, where: str, value: Any, limit: int = MAX_NUMBER) -> None:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
-        _check_numbers(file, f"{where}.{key}", part)
-    if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
-        raise FolderError(f"{file}: {where} must lie within ±{MAX_NUMBER:,}; got {_short(value)}")
+        _check_numbers(file, f"{where}.{key}", part, LIMITS.get(str(key), limit))
+    if isinstance(value, int | float) and not abs(value) <= limit:
+        raise FolderError(f"{file}: {where} must lie within ±{limit:,}; got {shortened(value)}")
 
 
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) else f"{value:.3e}" if abs(value) < 10**300 else "a huge number"
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _check_text(whose: str, where: str, value: Any) -> None:
+    """No control characters anywhere, which a terminal would obey. Raises `FolderError`."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_text(whose, where, key)
+            _check_text(whose, f"{where}.{key}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_text(whose, where, part)
+    elif isinstance(value, str) and not is_printable(value):
+        raise FolderError(f"{whose}: {where} must hold no control characters; got {shortened(value)}: rename it")

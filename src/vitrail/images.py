@@ -1,13 +1,16 @@
-"""An image file -> a uint8 tensor (3, H, W), upright, in RGB; or an error that names the file.
+"""Any image -> a uint8 tensor (C, H, W), upright, in RGB where it is a picture; or an error that names it.
 
-Decoded with Pillow: only the formats below, only their first frame, no more than `MAX_PIXELS` pixels.
+Files are decoded with Pillow: only the formats below, only their first frame, no more than `MAX_PIXELS` pixels.
+
+Legend: `C` channels, `H`, `W` image height and width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,6 +21,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 89_478_485
 """a quarter of a gigabyte once decoded; larger files are refused before they are decoded"""
+SLACK = 0.01
+"""how far a float image may leave [0, 1]: bicubic resizing overshoots a little"""
+AnyImage = str | Path | Image.Image | Tensor | np.ndarray[Any, Any]
+"""a path, a Pillow picture, a tensor (C, H, W), or an array (H, W, C) or (H, W); values uint8, or float in [0, 1]"""
 
 
 class ImageError(ValueError):
@@ -41,22 +48,43 @@ def open_image(source: str | Path | IO[bytes]) -> Image.Image:
 
     Raises `ImageError` with path and reason where there is no file, no image, a damaged one, or one too large.
     """
+    if isinstance(source, str | Path):
+        _check_file(source)
     name = str(source) if isinstance(source, str | Path) else "the given file"
+    with _named(name), Image.open(source, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+        return to_rgb(image)
+
+
+def _check_file(path: str | Path) -> None:
+    """A pipe would be waited for, and a device read without end."""
+    if not Path(path).exists():
+        raise ImageError(f"{path}: there is no such file")
+    if not Path(path).is_file():
+        kind = "a folder" if Path(path).is_dir() else "a pipe or a device"
+        raise ImageError(f"{path}: an image must be a regular file; got {kind}: name an image file")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever a decoder says of a file as one `ImageError`: a hostile file can raise nearly anything out of Pillow."""
     try:
-        with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a readable image; one of {', '.join(FORMATS)} is needed") from None
-    except FileNotFoundError:
-        raise ImageError(f"{name}: there is no such file") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: {error}") from error
+    except Exception as error:
+        raise ImageError(f"{name}: {str(error) or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB. 16-bit greys are scaled linearly, where a plain conversion would cut them off at 255."""
+    """Any Pillow mode -> RGB, upright by its EXIF orientation, transparency laid on white.
+
+    16-bit greys are scaled linearly, where a plain conversion would cut them off at 255.
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -66,8 +94,62 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow picture of any mode -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous()
+    """A Pillow picture of any mode -> uint8 (3, H, W), upright. Raises `ImageError` where its file is damaged."""
+    with _named("the given picture"):
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(image: AnyImage) -> Tensor:
+    """Any image -> uint8 (C, H, W) on the CPU; floats in [0, 1] are rounded to 8 bits, (H, W) arrays become RGB.
+
+    Raises `ValueError` for another type, shape or range of values, naming it, and `ImageError` (one too) for a file
+    that cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return to_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"an image is a path, a Pillow picture, a tensor or an array; got {type(image).__name__}")
+    if image.ndim != 3 or not image.numel():
+        raise ValueError(f"an image as a tensor is (C, H, W); got shape {tuple(image.shape)}{_batch_hint(image.ndim)}")
+    return _to_bytes(image.detach().cpu())
+
+
+def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
+    if image.ndim not in (2, 3) or not image.size:
+        raise ValueError(
+            f"an image as an array is (H, W, C) or (H, W); got shape {image.shape}{_batch_hint(image.ndim)}"
+        )
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
+        raise ValueError(_wrong_values(str(image.dtype)))
+    pixels = _to_bytes(torch.from_numpy(np.array(image, dtype=None if image.dtype == np.uint8 else np.float32)))
+    return pixels.expand(3, -1, -1).contiguous() if image.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _batch_hint(dims: int) -> str:
+    return ": give list(batch)" if dims == 4 else ""
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    """uint8 as it is; float in [0, 1] rounded to 0 … 255."""
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ValueError(_wrong_values(str(image.dtype)))
+    low, high = image.min().item(), image.max().item()
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise ValueError(
+            f"a float image must lie in [0, 1]; got {low:.3g} … {high:.3g}: divide by 255 if that is its range, or, "
+            "if it is normalised, undo it with preprocess.denormalise(image)"
+        )
+    return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _wrong_values(dtype: str) -> str:
+    return f"an image must be uint8 or float; got {dtype}: scale it to 0 … 255 and convert it to uint8"
 
 
 def read_image(source: str | Path | IO[bytes]) -> Tensor:

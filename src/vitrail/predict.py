@@ -1,31 +1,27 @@
 """From a picture to an answer in words: the network, the preprocessing it was trained with, and its class names.
 
-    path, Pillow picture, uint8 array ── cut, normalise ──> batches ── network ──> logits ── softmax ──> Classification
+    path, picture, tensor, array ── cut, normalise ──> batches ── network ──> logits ── softmax ──> Classification
 
 Legend: `B` batch, `C` channels, `H`, `W` pixels of a picture, `h`, `w` pixels that the network takes, `K` classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Self, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vitrail.data.transforms import eval_transform
-from vitrail.images import read_image, to_tensor
+from vitrail.images import AnyImage, to_pixels
+from vitrail.layers.modes import evaluating
 from vitrail.models.backbone import Backbone
 from vitrail.records import Classification, Preprocess
-from vitrail.tasks.base import evaluating, pick_device
-from vitrail.tasks.classify import answers, class_names
+from vitrail.tasks.base import pick_device
+from vitrail.tasks.classify import answers, check_names, class_names
 from vitrail.weights.load import load_model
-
-AnyImage = str | Path | Image.Image | Tensor | np.ndarray[Any, Any]
-"""a path, a Pillow picture, a uint8 tensor (C, H, W), or a uint8 array (H, W, C) or (H, W)"""
 
 
 class Predictor:
@@ -33,7 +29,7 @@ class Predictor:
 
     `model` maps (B, C, h, w) to logits (B, K). A vitrail model brings `preprocess` and `classes`; any other network
     needs `preprocess`. The model is moved to `device`; None leaves it where it is. Raises `ValueError` without
-    `preprocess`, and for a device that is not here.
+    `preprocess`, for class names that are not one a logit, and for a device that is not here.
     """
 
     def __init__(
@@ -46,6 +42,7 @@ class Predictor:
     ) -> None:
         if isinstance(model, Backbone):
             preprocess, classes = preprocess or model.preprocess, classes or model.classes
+            check_names(classes, model.config.num_classes)
         if preprocess is None:
             raise ValueError(
                 f"a network that is not vitrail's needs its preprocess; got {type(model).__name__} alone: "
@@ -69,15 +66,20 @@ class Predictor:
     ) -> Classification | list[Classification]:
         """The answer to one image, or a list of answers to a list of them; the `id` of an answer is its image's path.
 
-        `top` classes are listed. Raises `ValueError` for an image of a wrong type or shape, and `ImageError` (one too)
-        naming the file that cannot be read.
+        A tensor or an array holds uint8, or floats in [0, 1] that are not normalised (`vitrail.images.to_pixels`).
+        `top` classes are listed. Raises `ValueError` for an image of a wrong type, shape or range, and `ImageError`
+        (one too) naming the file that cannot be read.
         """
+        if isinstance(images, list | tuple):
+            return list(self.stream(images, top, batch_size))
+        return next(self.stream([images], top, batch_size))  # type: ignore[list-item]
+
+    def stream(self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32) -> Iterator[Classification]:
+        """The answers of `predict`, one after the other, as soon as their batch is done."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        if not isinstance(images, list | tuple):
-            return self._answers([images], top)[0]  # type: ignore[list-item]
-        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        return [answer for part in parts for answer in self._answers(part, top)]
+        for start in range(0, len(images), batch_size):
+            yield from self._answers(images[start : start + batch_size], top)
 
     def look(self, image: AnyImage) -> tuple[Tensor, Tensor]:
         """The picture as it is cut for the network, uint8 (C, h, w), and what the network takes, (1, C, h, w)."""
@@ -90,7 +92,11 @@ class Predictor:
             return self.model(images)
 
     def answer(self, logits: Tensor, ids: Sequence[str] | None = None, top: int = 5) -> list[Classification]:
-        """logits (B, K) in words; classes without names are `class 0`, `class 1`, …"""
+        """logits (B, K) in words; classes without names are `class 0`, `class 1`, …
+
+        Raises `ValueError` where the names are not one a logit.
+        """
+        check_names(self.classes, logits.shape[-1])
         return answers(logits, class_names(self.classes, logits.shape[-1]), ids, top)
 
     def _answers(self, images: Sequence[AnyImage], top: int) -> list[Classification]:
@@ -100,7 +106,7 @@ class Predictor:
 
     def _pixels(self, image: AnyImage) -> Tensor:
         """uint8 (C, H, W) on the CPU, with the channels that the network takes."""
-        pixels = _to_pixels(image)
+        pixels = to_pixels(image)
         if len(pixels) != self.preprocess.in_chans:
             raise ValueError(
                 f"the model takes {self.preprocess.in_chans} channels; got an image of shape {tuple(pixels.shape)}, "
@@ -124,27 +130,3 @@ class ViTClassifier(Predictor):
         if model.config.num_classes < 1:
             raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
         super().__init__(model, device=device)
-
-
-def _to_pixels(image: AnyImage) -> Tensor:
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return to_tensor(image)
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if not isinstance(image, Tensor):
-        raise ValueError(
-            f"an image is a path, a Pillow picture, or a uint8 tensor or array; got {type(image).__name__}: convert it"
-        )
-    if image.dtype != torch.uint8 or image.ndim != 3 or not image.numel():
-        mend = "give list(batch)" if image.ndim == 4 else "scale it to 0 … 255 and convert it"
-        raise ValueError(f"an image as a tensor is uint8 (C, H, W); got {image.dtype} {tuple(image.shape)}: {mend}")
-    return image.cpu()
-
-
-def _from_array(image: np.ndarray[Any, Any]) -> Tensor:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        mend = "give list(batch)" if image.ndim == 4 else "scale it to 0 … 255 and convert it"
-        raise ValueError(f"an image as an array is uint8 (H, W, C) or (H, W); got {image.dtype} {image.shape}: {mend}")
-    return to_tensor(Image.fromarray(image)) if image.ndim == 2 else torch.from_numpy(image.copy()).permute(2, 0, 1)

@@ -68,6 +68,8 @@ class Preprocess:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: float = 1.0
     crop_mode: Literal["center", "squash"] = "center"
+    known: bool = True
+    """false for a network trained on images that came ready: nobody said how, so it normalises no pictures"""
 
     def __post_init__(self) -> None:
         for name in ("img_size", "mean", "std"):
@@ -97,11 +99,19 @@ class Preprocess:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(…, C, H, W) uint8, or float in [0, 1] -> float, normalised per channel."""
+        if not self.known:
+            raise ValueError(
+                "a network trained on ready images does not know how they were normalised; got images that are not: "
+                "give preprocess=Preprocess(img_size=…, mean=…, std=…) to the trainer or the predictor"
+            )
         if images.shape[-3] != self.in_chans:
             raise ValueError(f"the model takes {self.in_chans} channels; got images with {images.shape[-3]}")
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         if not images.is_floating_point():
-            raise ValueError(f"images must be uint8, or floating in [0, 1]; got {images.dtype}")
+            raise ValueError(
+                f"images must be uint8, or floating in [0, 1]; got {images.dtype}: if they hold 0 … 255, "
+                "convert them with images.to(torch.uint8)"
+            )
         mean, std = self._stats(images)
         return (images - mean) / std
 
@@ -111,10 +121,19 @@ class Preprocess:
         return (images * std + mean).clamp(0, 1)
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with raw (uint8) images normalised; float images are ready and stay as they are."""
-        if batch["image"].dtype != torch.uint8:
-            return batch
-        return Batch(**{**batch, "image": self.normalise(batch["image"])})
+        """The batch with raw (uint8) images and views normalised; float ones are ready and stay as they are.
+
+        Raises `ValueError` for images of any other type.
+        """
+        made = Batch()
+        if "image" in batch and not batch["image"].is_floating_point():
+            made["image"] = self.normalise(batch["image"])
+        if not all(view.is_floating_point() for view in batch.get("views", [])):
+            made["views"] = [self._ready(view) for view in batch["views"]]
+        return Batch(**{**batch, **made}) if made else batch
+
+    def _ready(self, images: Tensor) -> Tensor:
+        return images if images.is_floating_point() else self.normalise(images)
 
     def replace(self, **changes: Any) -> Preprocess:
         return replace(self, **changes)

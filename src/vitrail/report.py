@@ -12,7 +12,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,10 @@ from torch import Tensor
 from vitrail.data.imagesets import Splits
 from vitrail.draw.pages import RunReport, Sample, training_report, write_page
 from vitrail.explain.maps import explain
-from vitrail.explain.record import NoAttentionError
 from vitrail.files import write_whole
+from vitrail.layers.modes import evaluating
 from vitrail.records import Batch, Classification, History
-from vitrail.tasks.base import as_batch, evaluate, evaluating
+from vitrail.tasks.base import as_batch, evaluate
 from vitrail.tasks.classify import Classify
 
 SAMPLES = 6
@@ -69,20 +69,15 @@ def report_run(
     figures = evaluate(task, loader)
     if dist.is_initialized() and dist.get_rank() > 0:
         return figures
-    report = _report(task, figures, choose_samples(task, loader), splits, history, facts)
+    report = _report(task, figures, splits, history, facts)
     write_whole(out / "metrics.json", json.dumps(_metrics(report, figures), indent=1, allow_nan=False))
-    write_page(out / "report.html", training_report(report))
+    samples = [_sample(task, shown) for shown in choose_samples(task, loader)]
+    write_page(out / "report.html", training_report(replace(report, samples=samples)))
     return figures
 
 
-def _report(
-    task: Classify,
-    figures: dict[str, Tensor],
-    samples: Iterable[Shown],
-    splits: Splits,
-    history: History,
-    facts: RunFacts,
-) -> RunReport:
+def _report(task: Classify, figures: dict[str, Tensor], splits: Splits, history: History, facts: RunFacts) -> RunReport:
+    """Everything on the page but its samples."""
     model, own = task.backbone, splits.test is not splits.val
     return RunReport(
         title=facts.title,
@@ -104,7 +99,6 @@ def _report(
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        samples=[_sample(task, shown) for shown in samples],
         notes=(TEST_NOTE if own else VAL_NOTE, SAMPLES_NOTE),
     )
 
@@ -154,7 +148,7 @@ def _sample(task: Classify, shown: Shown) -> Sample:
     ready = task.backbone.preprocess.normalise(shown.picture).to(task.device)
     try:
         explanation = explain(task.backbone, ready, "rollout")
-    except NoAttentionError:  # a convolutional network has nothing to roll out
+    except ValueError:  # a network whose attention cannot be rolled out, or that has none
         explanation = None
     return Sample(image=shown.picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields, replace
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data.augment import AugmentConfig, BatchAugment
-from vitrail.data.datasets import DataConfig, describe, load_splits
+from vitrail.data.datasets import DataConfig, DataError, describe, load_splits
 from vitrail.data.imagesets import Splits
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import eval_transform, train_transform
@@ -27,15 +31,20 @@ from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
 from vitrail.names import TRAIN_SPELLINGS, normalise_kwargs
-from vitrail.records import Batch, History
+from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
-from vitrail.tasks.classify import Classify
+from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.config import TrainConfig
-from vitrail.train.engine import Loader, fit, starting_point
-from vitrail.weights.load import SHIPPED, create_model, load_model
+from vitrail.train.engine import fit, starting_point
+from vitrail.train.resume import Loader
+from vitrail.weights.load import SHIPPED, create_model, load_model, say_row
 
 DEMO = files("vitrail") / "assets" / "demo.yaml"
+RUN = (
+    "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html", "checkpoints", "model", "tensorboard",
+)  # fmt: skip
+"""what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)} - {"seed"} | {
     "model", "out", "drop_path", "drop_rate",
 }  # fmt: skip
@@ -45,24 +54,38 @@ SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)}
 def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     """Trains, evaluates and explains as `config` says, and writes its run folder. Returns the epochs' figures.
 
-    With `resume` the folder's last checkpoint is gone on with. Raises `ValueError` as `fit` does, and for a model
-    that lacks what `config` asks of it.
+    With `resume` the folder's last checkpoint is gone on with, and no image that was held out is trained on: parts that
+    were drawn stay, new images are trained on. The demo's recipe replaces its own former run. Raises `ValueError` as
+    `fit` does, for a model that lacks what `config` asks of it, and for held-out images that are gone, naming them.
     """
     out = Path(config.out)
+    if not resume and config == demo_config(config.out):
+        _clear_demo(out)
     starting_point(out, resume)  # before anything is read or written
-    splits = load_splits(config)
+    resolve_name(config.model)
+    former = _read_record(out / "splits.json") if resume else None
+    splits = _splits_again(config, former) if former else load_splits(config)
+    if former and list(splits.classes) != former["classes"]:
+        was, now = _some(tuple(former["classes"])), _some(splits.classes)
+        raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
     model = make_model(config, splits)
+    if former and "preprocess" in former:  # statistics of the images that training began with
+        model.preprocess = Preprocess.from_dict(former["preprocess"])
     task = Classify(model, config.label_smoothing)
     train = make_loader(
         splits.train, batch_size=config.batch_size, train=True, seed=config.seed, workers=config.workers,
         transform=train_transform(model.preprocess, config),
     )  # fmt: skip
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
+    record = splits.record() | {"preprocess": asdict(model.preprocess)}
     if not resume:
-        write_whole(out / "splits.json", json.dumps(splits.record(), indent=1))
+        write_whole(out / "splits.json", json.dumps(record, indent=1))
     history = fit(
-        task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume
-    )
+        task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume,
+        notes={"drawn": splits.digests()},
+    )  # fmt: skip
+    if resume:  # only now: a resume that was refused changes nothing
+        write_whole(out / "splits.json", json.dumps(record, indent=1))
     best = Classify(load_model(out).to(pick_device(config.device)))
     report_run(out, best, eval_loader(splits, "test", model, config), splits, history, _facts(config))
     return history
@@ -81,6 +104,50 @@ def resume_training(run: str | Path, config: TrainConfig | None = None) -> Histo
     return run_training(replace(config or TrainConfig.from_yaml(path), out=str(run)), resume=True)
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """What `Splits.record` wrote. Raises `ValueError` where it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"drawn": dict(record["drawn"]), "classes": record["classes"], "counts": record["counts"], **record}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must say which images were held out; it cannot be read ({error!r}): put it back, or train anew"
+        ) from None
+
+
+def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
+    """The parts as `former` records them; images that came later are for training, which is said."""
+    splits = load_splits(config, former["drawn"])
+    more = len(splits.train) - sum(former["counts"]["train"].values())
+    if more and splits.drawn:
+        print(
+            f"{config.data} has {more:+} images since its parts were drawn; new ones are for training", file=sys.stderr
+        )
+    return splits
+
+
+def _clear_demo(out: Path) -> None:
+    """Removes a former run of the demo. Raises `ValueError` for a folder that holds anything else."""
+    held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if not held:
+        return
+    if not _is_demo(out) or set(held) - set(RUN):
+        odd = [name for name in held if name not in RUN] or held
+        raise ValueError(
+            f"the demo writes to a new folder or over its own last run; {out} holds {', '.join(odd[:3])}: "
+            "name another with --out"
+        )
+    for name in held:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        return replace(TrainConfig.from_yaml(out / "config.yaml"), out=str(out)) == demo_config(str(out))
+    except (OSError, ValueError):
+        return False
+
+
 def demo_config(out: str = "runs/demo") -> TrainConfig:
     """The recipe of `vitrail demo`: the shipped blood cells, in about two minutes on two cores."""
     return replace(TrainConfig.from_yaml(Path(str(DEMO))), out=out)
@@ -93,8 +160,7 @@ def make_model(config: TrainConfig, splits: Splits) -> Backbone:
     """
     preprocess = splits.preprocess(config.img_size)
     row = resolve_name(config.model, min(preprocess.img_size))
-    if row != config.model:
-        print(f"{config.model} is {row}, for images of {min(preprocess.img_size)} pixels")
+    say_row(config.model, row, min(preprocess.img_size))
     torch.manual_seed(config.seed)
     model = create_model(
         row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
@@ -136,10 +202,9 @@ def evaluate_model(
         raise ValueError(f"split must be train, val or test; got {split!r}")
     model = load_model(name).to(pick_device(device))
     config = DataConfig(
-        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size),
-        **_draw_of(name),
-    )  # fmt: skip
-    splits = load_splits(config)
+        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size)
+    )
+    splits = _splits_as_trained(name, config)
     task = Classify(model)
     if splits.classes != (model.classes or splits.classes) or len(splits.classes) != task.num_classes:
         raise ValueError(
@@ -149,10 +214,36 @@ def evaluate_model(
     return evaluate(task, eval_loader(splits, split, model, config))
 
 
-def _draw_of(name: str | Path) -> dict[str, Any]:
-    """From what the parts of a model's data were drawn, as far as its card tells."""
-    recipe = read_card(SHIPPED[str(name)].folder if name in SHIPPED else find_folder(name)).training.get("recipe", {})
-    return {key: recipe[key] for key in ("seed", "val_fraction") if key in recipe}
+def _splits_as_trained(name: str | Path, config: DataConfig) -> Splits:
+    """The parts of the data as they were drawn when the model was trained on them; those of other data are drawn anew.
+
+    They stand in the run's splits.json; a model folder alone knows seed and share, and a sum to tell by whether the
+    draw is the same. Raises `ValueError` where it is not: images that were trained on would be among those held out.
+    """
+    folder = SHIPPED[str(name)].folder if name in SHIPPED else find_folder(name)
+    training = read_card(folder).training
+    recipe, digests = training.get("recipe", {}), training.get("drawn", {})
+    config = replace(config, **{key: recipe[key] for key in ("seed", "val_fraction") if key in recipe})
+    own = _same_data(recipe.get("data", DataConfig.data), config.data)
+    if (folder.parent / "splits.json").is_file():
+        try:
+            return _splits_again(config, _read_record(folder.parent / "splits.json"))
+        except DataError:
+            if own:
+                raise
+    splits = load_splits(config)
+    if own and digests and splits.digests() != digests:
+        raise ValueError(
+            f"{config.data} is not what it was when {name} was trained on it, so what was held out is unknown: "
+            "evaluate the run folder, whose splits.json says it"
+        )
+    return splits
+
+
+def _same_data(one: str, other: str) -> bool:
+    """Whether two `--data` name the same images, a folder in two spellings for one."""
+    paths = [Path(name.removeprefix("folder:")).expanduser().resolve() for name in (one, other)]
+    return one == other or (one.startswith("folder:") and other.startswith("folder:") and paths[0] == paths[1])
 
 
 def _some(classes: tuple[str, ...]) -> str:
@@ -163,10 +254,25 @@ class ViTTrainer:
     """Trains a model, or the one that a config describes, on loaders of your own.
 
     A loader yields `(images, labels)` or a `Batch`: float images are taken as ready, uint8 ones are normalised.
+    `preprocess` says how the ready ones were made so, and `classes` what the logits are called; both go into the
+    model's card. Without `preprocess`, a new model trained on ready images refuses to normalise pictures afterwards.
+    Raises `ValueError` for names that are not one a class.
     """
 
-    def __init__(self, model: Backbone | ViTConfig, *, device: str = "auto", out: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Backbone | ViTConfig,
+        *,
+        preprocess: Preprocess | None = None,
+        classes: Sequence[str] = (),
+        device: str = "auto",
+        out: str | Path | None = None,
+    ) -> None:
         self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
+        check_names(classes, self.model.config.num_classes)
+        self.model.classes = tuple(classes) or self.model.classes
+        self._told = preprocess is not None or not _as_constructed(self.model)
+        self.model.preprocess = preprocess or self.model.preprocess
         self.device, self.out = device, out
 
     def train(self, train_loader: Loader, val_loader: Loader | None = None, **settings: Any) -> History:
@@ -184,7 +290,26 @@ class ViTTrainer:
             )
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
-        return fit(Classify(self.model, config.label_smoothing), train_loader, val_loader, config, out=out)
+        task = Classify(self.model, config.label_smoothing)
+        history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
+        if out and not self.model.preprocess.known:
+            warnings.warn(
+                "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess=",
+                stacklevel=2,
+            )
+        return history
+
+    def _prepare(self, batch: Batch, number: int) -> Batch:
+        """Raw images normalised. Ready ones tell that the preprocessing of a new model is nobody's."""
+        if not self._told and "image" in batch and batch["image"].dtype != torch.uint8:
+            self.model.preprocess = self.model.preprocess.replace(known=False)
+        return self.model.preprocess.prepare(batch)
+
+
+def _as_constructed(model: Backbone) -> bool:
+    """Whether nobody has said how images are made ready for this model."""
+    with torch.device("meta"):
+        return model.preprocess == cast(Any, type(model))(model.config).preprocess
 
 
 def _facts(config: TrainConfig) -> RunFacts:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitrail.explain.maps import attention_map
+from vitrail.explain.record import record_attention
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model
 
 PUBLISHED = {"vit": "vit_tiny_patch16_224", "resnet": "resnet18_32"}
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
+ISOTROPIC = [name for name, family in FAMILIES.items() if callable(getattr(family.model, "encode", None))]
 DEBUG = {name: next(iter(family.variants)) for name, family in FAMILIES.items()}
 
 
@@ -40,6 +44,28 @@ def small(request: pytest.FixtureRequest) -> Backbone:
     return build_model(request.param).eval()
 
 
+@pytest.fixture(scope="module", params=ATTENDING)
+def attending(request: pytest.FixtureRequest) -> Backbone:
+    """The debug row of each family that attends."""
+    torch.manual_seed(0)
+    return build_model(DEBUG[request.param]).eval()
+
+
+@pytest.fixture(scope="module", params=ISOTROPIC)
+def isotropic(request: pytest.FixtureRequest) -> Any:
+    """The debug row of each family that opens at token level."""
+    torch.manual_seed(0)
+    return build_model(DEBUG[request.param]).eval()
+
+
+@pytest.fixture(scope="module", params=[(name, pool) for name in ISOTROPIC for pool in ("token", "avg", "map")])
+def pooling(request: pytest.FixtureRequest) -> Any:
+    """An isotropic debug row with each way to pool."""
+    torch.manual_seed(0)
+    name, pool = request.param
+    return build_model(DEBUG[name], global_pool=pool).eval()
+
+
 def images(model: Backbone, batch: int = 2, factor: float = 1.0) -> Tensor:
     height, width = model.preprocess.img_size
     shape = (batch, model.preprocess.in_chans, int(height * factor), int(width * factor))
@@ -57,7 +83,7 @@ def test_every_family_has_a_debug_row_first_and_a_published_row() -> None:
 def test_logits_are_the_same_twice_alone_and_in_a_batch(model: Backbone) -> None:
     x = images(model)
     logits = model(x)
-    assert logits.shape == (2, model.config.num_classes)
+    assert logits.shape == (2, model.num_classes) and model.num_classes == model.config.num_classes
     assert torch.equal(logits, model(x))
     assert torch.allclose(logits[:1], model(x[:1]), atol=1e-5)
 
@@ -76,17 +102,29 @@ def test_forward_is_its_parts(model: Backbone) -> None:
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 @torch.no_grad()
 def test_features_are_maps_in_image_order_with_true_strides(model: Backbone, factor: float) -> None:
-    x = images(model, batch=1, factor=factor)
+    check_features(model, images(model, batch=1, factor=factor))
+
+
+def check_features(model: Backbone, x: Tensor) -> None:
     features = model.features(x)
     assert len(features.maps) == len(features.prefix) == len(model.feature_info)
     for found, prefix, info in zip(features.maps, features.prefix, model.feature_info, strict=True):
         assert found.shape[:2] == (1, info.num_chs)
         assert found.shape[-2] == round(x.shape[-2] / info.reduction)
-        assert found.shape[-1] == round(x.shape[-1] / info.reduction)
+        assert found.shape[-1] == round(x.shape[-1] / (info.reduction_w or info.reduction))
         assert prefix.shape[0] == 1 and prefix.shape[2] == info.num_chs
     last = model.features(x, indices=[-1])
     assert torch.equal(last.maps[0], features.maps[-1])
     assert len(model.features(x, indices=2).maps) == 2
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@torch.no_grad()
+def test_features_of_patches_that_are_not_square(size: tuple[int, int]) -> None:
+    model = FAMILIES["vit"].model(img_size=32, patch_size=(8, 4), embed_dim=24, depth=2, num_heads=2).eval()
+    check_features(model, torch.randn(1, 3, *size))
+    assert model.features(torch.zeros(1, 3, *size)).maps[0].shape[-2:] == (size[0] // 8, size[1] // 4)
+    assert (model.feature_info[0].reduction, model.feature_info[0].reduction_w) == (8, 4)
 
 
 @torch.no_grad()
@@ -159,6 +197,20 @@ def test_reset_classifier_makes_a_new_head_and_keeps_the_config_true(model: Back
     assert model(images(model, batch=1)).shape == (1, model.num_features)
 
 
+def test_a_head_put_in_by_hand_counts(model: Backbone) -> None:
+    model = copy.deepcopy(model)
+    (name,) = (n for n, part in model.named_modules() if part is model.get_classifier())
+    model.classes = ("a",) * model.num_classes
+    model.set_submodule(name, nn.Linear(model.num_features, 3))
+    card = model.card()
+    assert model.num_classes == card.config["num_classes"] == 3 and card.classes == ()
+    again = build_from_config(card.family, card.config, card.name).eval()
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert again(images(model, batch=1)).shape == (1, 3)
+    model.set_submodule(name, nn.Identity())
+    assert model.num_classes == 0
+
+
 def test_layer_groups_hold_every_parameter_once_and_no_decay_names_are_real(model: Backbone) -> None:
     names = [name for group in model.layer_groups() for name in group]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
@@ -196,3 +248,129 @@ def test_compiles_whole_with_the_same_gradients(small: Backbone) -> None:
     compiled(x).square().sum().backward()
     for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-4, rtol=1e-4), name
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+@torch.no_grad()
+def test_attention_of_every_block_is_recorded(attending: Backbone, factor: float) -> None:
+    x = images(attending, factor=factor)
+    with record_attention() as record:
+        seen = attending(x)
+    assert torch.equal(seen, attending(x))
+    assert len(record.maps) == len(attending.feature_info)
+    for attention, features in zip(record.maps, attending.features(x).maps, strict=True):
+        assert torch.allclose(attention.weights.sum(-1), torch.ones(()), atol=1e-5)
+        assert attention.layout is not None and attention.layout.readout is not None
+        heat = attention_map(attention)
+        assert heat.shape == (2, *features.shape[-2:])
+        assert heat.min() >= 0 and (heat.sum((1, 2)) <= 1 + 1e-5).all()
+
+
+@torch.no_grad()
+def test_attention_lies_where_its_pixels_lie(attending: Backbone) -> None:
+    """The first layer's class query knows no pixel: what changes in its map lies where the image changed."""
+    x = images(attending, batch=1)
+    changed, maps = x.clone(), []
+    changed[..., :4, -4:] += 10
+    for image in (x, changed):
+        with record_attention(layers=[1]) as record:
+            attending(image)
+        maps.append(attention_map(record.maps[0])[0])
+    moved = (maps[1] - maps[0]).abs()
+    row, column = divmod(int(moved.argmax()), moved.shape[1])
+    assert row < moved.shape[0] / 4 and column >= moved.shape[1] * 3 / 4
+
+
+# ---- padding
+
+
+def padded(x: Tensor, value: float) -> tuple[Tensor, Tensor]:
+    """Images whose right half is padding that holds `value`, and their mask (B, H, W)."""
+    mask = torch.zeros(len(x), *x.shape[-2:], dtype=torch.bool)
+    mask[..., x.shape[-1] // 2 :] = True
+    return x.masked_fill(mask[:, None], value), mask
+
+
+@torch.no_grad()
+def test_padded_pixels_are_not_seen(small: Backbone) -> None:
+    """By `forward`, `forward_features` and `features`, whatever stands in them."""
+    (one, mask), (other, _) = (padded(images(small), value) for value in (0.0, 9.0))
+    logits = small(one, mask)
+    assert torch.allclose(logits, small(other, mask), atol=1e-5)
+    assert not torch.allclose(small(other), logits, atol=1e-3)
+    assert torch.allclose(small.forward_head(small.forward_features(other, mask)), logits, atol=1e-5)
+    assert torch.allclose(small(one, torch.zeros_like(mask)), small(one), atol=1e-5)
+    pairs = zip(small.features(one, mask=mask).maps, small.features(other, mask=mask).maps, strict=True)
+    assert all(torch.allclose(a[..., : a.shape[-1] // 2], b[..., : b.shape[-1] // 2], atol=1e-5) for a, b in pairs)
+
+
+@torch.no_grad()
+def test_padded_patches_are_not_pooled(pooling: Any) -> None:
+    (one, mask), (other, _) = (padded(images(pooling), value) for value in (0.0, 9.0))
+    assert torch.allclose(pooling(one, mask), pooling(other, mask), atol=1e-5)
+
+
+# ---- tokens
+
+
+def kept(tokens: Any) -> Tensor:
+    """(B, K) some image tokens of each image, others in every image, in no order."""
+    count = tokens.grid[0] * tokens.grid[1]
+    return torch.stack([torch.randperm(count) for _ in tokens.x])[:, : count // 2]
+
+
+@torch.no_grad()
+def test_dropped_tokens_are_tokens_that_nobody_sees(pooling: Any) -> None:
+    """`encode(keep)` on the rows that are left is `encode` with every other key hidden by -inf."""
+    tokens = pooling.embed(images(pooling))
+    keep = kept(tokens)
+    short = pooling.encode(tokens, keep)
+    hidden = torch.ones(len(keep), tokens.grid[0] * tokens.grid[1], dtype=torch.bool).scatter(1, keep, False)
+    whole = pooling.encode(tokens._replace(padding=hidden))
+    rows = keep[..., None].expand(-1, -1, whole.x.shape[-1]) + whole.prefix
+    assert torch.allclose(short.x[:, short.prefix :], whole.x.gather(1, rows), atol=1e-5)
+    assert torch.allclose(short.x[:, : short.prefix], whole.x[:, : whole.prefix], atol=1e-5)
+    assert torch.allclose(pooling.forward_head(short), pooling.forward_head(whole), atol=1e-5)
+    assert torch.equal(short.cells, keep)
+
+
+@torch.no_grad()
+def test_to_keep_all_in_order_is_to_keep_all(isotropic: Any) -> None:
+    tokens = isotropic.embed(images(isotropic))
+    every = torch.arange(tokens.grid[0] * tokens.grid[1]).expand(2, -1)
+    assert torch.allclose(isotropic.encode(tokens, every).x, isotropic.encode(tokens).x, atol=1e-6)
+
+
+@torch.no_grad()
+def test_part_of_the_blocks_and_then_the_rest_is_all_of_them(isotropic: Any) -> None:
+    x = images(isotropic)
+    tokens = isotropic.embed(x)
+    keep, depth = kept(tokens), len(isotropic.feature_info)
+    for k in range(depth + 1):
+        for chosen in (None, keep):
+            first = isotropic.encode(tokens, chosen, blocks=slice(k), norm=False)
+            both = isotropic.encode(first, blocks=slice(k, None))
+            assert torch.equal(both.x, isotropic.encode(tokens, chosen).x)
+    assert torch.equal(isotropic.forward_head(isotropic.encode(tokens)), isotropic(x))
+
+
+@torch.no_grad()
+def test_rows_that_somebody_adds_are_no_image_tokens(pooling: Any) -> None:
+    """Prompts go through the blocks with all others, have no place on the image, and are not pooled."""
+    tokens = pooling.embed(images(pooling))
+    extra = torch.randn(2, 3, tokens.x.shape[-1])
+    p, pos = tokens.prefix, tokens.pos
+    more = tokens._replace(
+        x=torch.cat([tokens.x[:, :p], extra, tokens.x[:, p:]], 1), prefix=p + 3,
+        pos=torch.cat([pos[:, :p], torch.zeros(1, 3, pos.shape[-1]), pos[:, p:]], 1),
+    )  # fmt: skip
+    with record_attention() as record:
+        prompted = pooling.encode(more)
+    assert attention_map(record.maps[0], query=0).shape == (2, *tokens.grid)
+    plain = pooling.encode(tokens)
+    assert not torch.allclose(prompted.x[:, p + 3 :], plain.x[:, p:], atol=1e-4)  # they were seen by the others …
+    swapped = plain._replace(x=torch.cat([plain.x[:, :p], extra, plain.x[:, p:]], 1), prefix=p + 3)
+    assert torch.allclose(pooling.forward_head(swapped), pooling.forward_head(plain), atol=1e-5)  # … and not pooled

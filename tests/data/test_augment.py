@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -166,6 +167,118 @@ def test_the_raw_batch_stays_as_it_was():
     assert torch.equal(batch["image"], before)
 
 
+# ---- what belongs to places in an image
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("boxes", [torch.zeros(1, 4)] * 8),
+        ("mask", torch.zeros(8, 16, 16)),
+        ("pad_mask", torch.zeros(8, 16, 16, dtype=torch.bool)),
+        ("target", {"cells": torch.zeros(8, 4)}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"flip": 0.5}, "--flip"),
+        ({"flip": 0.0, "flip_vertical": 1.0}, "--flip-vertical"),
+        ({"flip": 0.0, "crop": "pad"}, "--crop"),
+        ({"auto_augment": "rand"}, "--auto-augment"),
+        ({"mixup": 0.1}, "--mixup"),
+        ({"cutmix": 0.1}, "--cutmix"),
+    ],
+)
+def test_what_would_be_left_behind_is_named(key, value, settings, flag):
+    batch = Batch(**{**raw(), key: value})
+    with pytest.raises(ValueError, match=f"{flag} would move images but not their {key}.*: switch off"):
+        augment(batch=batch, **(STILL | settings))
+    done = augment(batch=batch, color_jitter=0.3, erase=0.5, **STILL)
+    assert done[key] is value
+
+
+def test_ready_images_with_boxes_are_only_not_mixed():
+    batch = Batch(image=torch.rand(2, 3, 16, 16), label=torch.arange(2), boxes=[torch.zeros(0, 4)] * 2)
+    assert augment(batch=batch, flip=1.0)["image"] is batch["image"]
+    with pytest.raises(ValueError, match="--mixup would move images but not their boxes"):
+        augment(batch=batch, mixup=1.0)
+
+
+def test_a_target_of_the_whole_image_may_stay():
+    batch = Batch(**{**raw(), "target": {"age": torch.rand(8)}})
+    assert augment(batch=batch)["target"] is batch["target"]
+
+
+def test_a_batch_without_images_passes():
+    view = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    done = augment(batch=Batch(views=[view], text=["a", "b"]))
+    torch.testing.assert_close(done["views"][0], SMALL.normalise(view))
+
+
+# ---- frames
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"flip": 0.5, "crop": "none"}, {"flip": 0.0, "flip_vertical": 0.5, "crop": "none"}, {"flip": 0.0},
+        {**STILL, "color_jitter": 0.5}, {**STILL, "auto_augment": "rand"}, {**STILL, "auto_augment": "auto"},
+        {**STILL, "mixup": 1.0}, {**STILL, "cutmix": 1.0}, {**STILL, "color_jitter": 0.5, "auto_augment": "trivial"},
+    ],
+)  # fmt: skip
+def test_the_frames_of_a_clip_are_varied_alike(settings):
+    """A clip of a still picture stays one, and is what the picture alone becomes."""
+    batch = raw()
+    clips = Batch(**{**batch, "image": batch["image"][:, None].expand(-1, 3, -1, -1, -1)})
+    still, moving = (augment(1, given, **settings) for given in (batch, clips))
+    assert moving["image"].shape == (8, 3, 3, 16, 16)
+    for frame in moving["image"].unbind(1):
+        torch.testing.assert_close(frame, still["image"])
+    torch.testing.assert_close(moving["label"], still["label"])
+
+
+def test_different_frames_get_the_same_draw():
+    frames = torch.randint(256, (8, 4, 3, 16, 16), dtype=torch.uint8)
+    done = SMALL.denormalise(
+        augment(batch=Batch(image=frames, label=torch.arange(8) % 4), flip=0.5, crop="none")["image"]
+    )
+    plain = frames.float() / 255
+    same, turned = ((done - other).abs().flatten(2).amax(2) < 1e-5 for other in (plain, plain.flip(-1)))
+    assert torch.equal(same, ~turned)
+    assert (same.all(1) | turned.all(1)).all()
+    assert same.any() and turned.any()
+
+
+def test_a_clip_is_erased_at_one_place():
+    frames = torch.zeros(6, 4, 3, 16, 16, dtype=torch.uint8)
+    done = SMALL.denormalise(augment(batch=Batch(image=frames, label=torch.arange(6) % 4), erase=1.0, **STILL)["image"])
+    gone = (done > 1e-4).any(2)  # (B, T, H, W)
+    assert gone.flatten(2).any(2).all()
+    assert (gone == gone[:, :1]).float().mean() > 0.99  # noise may be black
+
+
+def test_other_dimensions_are_refused():
+    with pytest.raises(ValueError, match=r"or frames \(B, T, C, H, W\); got \(3, 16, 16\)"):
+        augment(batch=Batch(image=torch.zeros(3, 16, 16, dtype=torch.uint8), label=torch.zeros(3, dtype=torch.long)))
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(("label", "got"), [([0, 1, 4, 2], "0 … 4"), ([0, -1, 1, 2], "-1 … 2")])
+def test_labels_that_are_no_classes_are_not_mixed(label, got):
+    batch = Batch(image=torch.rand(4, 3, 16, 16), label=torch.tensor(label))
+    with pytest.raises(ValueError, match=f"labels to be mixed must lie in 0 … 3; got {got}: mend the labels"):
+        augment(batch=batch, mixup=1.0)
+
+
+def test_shares_of_other_classes_are_not_mixed():
+    batch = Batch(image=torch.rand(4, 3, 16, 16), label=torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"shares of 4 classes; got shape \(4, 3\)"):
+        augment(batch=batch, cutmix=1.0)
+
+
 def test_auto_follows_the_size():
     large = SMALL.replace(img_size=(224, 224))
     assert [crop_kind(AugmentConfig(), p) for p in (SMALL, large)] == ["pad", "resized"]
@@ -185,15 +298,21 @@ def test_other_numbers_of_channels(channels):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"flip": 1.5}, r"flip must lie in \[0, 1\]; got 1.5"),
-        ({"erase": -0.1}, "erase must lie"),
-        ({"crop": "centre"}, "crop must be one of auto, pad, resized, none; got 'centre'"),
-        ({"pad_mode": "zeros"}, "did you mean zero"),
-        ({"auto_augment": "randaugment"}, "did you mean rand"),
-        ({"crop_scale": 0}, r"crop_scale must lie in \(0, 1\]"),
-        ({"rand_ops": 0}, "rand_ops must be at least 1"),
-        ({"rand_magnitude": 31}, "rand_magnitude must lie in 0 to 30; got 31"),
-        ({"mixup": -1}, "mixup and cutmix must be at least 0"),
+        ({"flip": 1.5}, r"--flip must lie in \[0, 1\]; got 1.5"),
+        ({"flip_vertical": math.nan}, "--flip-vertical must lie"),
+        ({"erase": -0.1}, "--erase must lie"),
+        ({"color_jitter": math.nan}, "--color-jitter must lie"),
+        ({"crop": "centre"}, "--crop must be one of auto, pad, resized, none; got 'centre'"),
+        ({"pad_mode": "zeros"}, "--pad-mode must be .* did you mean zero"),
+        ({"auto_augment": "trival"}, "--auto-augment must be .* did you mean trivial"),
+        ({"crop_scale": 0}, r"--crop-scale must lie in \(0, 1\]"),
+        ({"crop_scale": math.nan}, "--crop-scale must lie"),
+        ({"rand_ops": 0}, "--rand-ops must be at least 1"),
+        ({"rand_magnitude": 31}, "--rand-magnitude must lie in 0 to 30; got 31"),
+        ({"mixup": -1}, r"--mixup must be 0 \(off\) or more; got -1"),
+        ({"mixup": math.nan}, "--mixup must be"),
+        ({"cutmix": math.nan}, "--cutmix must be"),
+        ({"cutmix": math.inf}, "--cutmix must be"),
     ],
 )
 def test_a_config_says_what_is_wrong(values, message):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vitrail.data import bloodcells as cells
-from vitrail.data.bloodcells import bloodcells, bloodcells_boxes, bloodcells_photo, bloodcells_samples, square_around
+from vitrail.data.bloodcells import bloodcells, bloodcells_boxes, bloodcells_samples, square_around
 from vitrail.images import read_image
 
 
@@ -87,11 +87,7 @@ def test_it_is_quick(timed_splits):
     assert timed_splits[1] < 3
 
 
-def test_photos_and_samples_as_files(tmp_path):
-    assert bloodcells_photo(0).is_file()
-    assert bloodcells_photo(363).is_file()
-    with pytest.raises(ValueError, match="photographs 0 to 363; got 364"):
-        bloodcells_photo(364)
+def test_samples_as_files(tmp_path):
     paths = bloodcells_samples(tmp_path / "cells", 4)
     assert [path.name for path in paths] == ["platelets_0.png", "rbc_0.png", "wbc_0.png", "platelets_1.png"]
     assert read_image(paths[3]).shape == (3, 64, 64)

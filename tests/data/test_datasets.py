@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 
 import numpy as np
@@ -40,6 +41,31 @@ def test_a_folder_without_parts_is_drawn_and_recorded(make_folder):
     again, other = load_splits(config(root, val_fraction=0.1, seed=5)), load_splits(config(root, seed=6))
     assert again.val.ids == splits.val.ids
     assert other.val.ids != splits.val.ids
+
+
+def test_a_former_draw_is_taken_again(make_folder, write_image):
+    root = make_folder("cat", "dog", count=9)
+    before = load_splits(config(root, val_fraction=0.3))
+    for n in range(20):
+        write_image(root / f"cat/new{n}.png")
+    former = before.record()["drawn"]
+    assert set(load_splits(config(root, val_fraction=0.3)).val.ids) != set(before.val.ids)  # it would move
+    after = load_splits(config(root, val_fraction=0.3), former)
+    assert (after.val.ids, after.test.ids) == (before.val.ids, before.test.ids)
+    assert after.train.counts() == {"cat": before.train.counts()["cat"] + 20, "dog": before.train.counts()["dog"]}
+    assert not set(after.train.ids) & {*after.val.ids, *after.test.ids}
+    assert after.digests() == before.digests() != load_splits(config(root, seed=1)).digests()
+
+
+def test_held_out_images_that_are_gone_are_named(make_folder):
+    root = make_folder("cat", "dog", count=9)
+    former = load_splits(config(root)).record()["drawn"]
+    gone = former["test"][0]
+    (root / gone).unlink()
+    with pytest.raises(DataError, match=f"lacks 1 of the images that were set aside from it: {gone}: put them back"):
+        load_splits(config(root), former)
+    with pytest.raises(DataError, match="these parts drawn from it: none; now that would be: val, test: train anew"):
+        load_splits(config(root), {})
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -186,14 +212,15 @@ def test_too_few_images_to_draw_from(make_folder):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": "cifra10"}, "one of bloodcells, .*folder:PATH; got 'cifra10': did you mean cifar10"),
+        ({"data": "cifra10"}, "--data must be one of bloodcells, .*folder:PATH; got 'cifra10': did you mean cifar10"),
         ({"data": "folder"}, "did you mean folder:PATH"),
         ({"data": "cifar10:x"}, "did you mean cifar10"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"workers": -1}, "workers must be at least 0"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"img_size": 0}, "img_size must be at least 1"),
-        ({"val_fraction": 0.5}, "val_fraction must lie between 0 and 0.5"),
+        ({"batch_size": 0}, "--batch-size must be at least 1; got 0"),
+        ({"workers": -1}, "--workers must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"img_size": 0}, "--img-size must be at least 1"),
+        ({"val_fraction": 0.5}, "--val-fraction must lie between 0 and 0.5"),
+        ({"val_fraction": math.nan}, "--val-fraction must lie"),
     ],
 )
 def test_a_config_says_what_is_wrong(values, message):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from vitrail.data.datasets import image_folder
-from vitrail.data.imagesets import Splits, draw_stratified
-from vitrail.records import IMAGENET_MEAN
+from vitrail.data.imagesets import Sample, Splits, collate, draw_stratified
+from vitrail.records import IMAGENET_MEAN, Batch
 
 
 def test_a_tensor_set_gives_samples_and_batches(tensor_set):
@@ -64,7 +64,8 @@ def test_preprocess_follows_the_images(tensor_set, make_folder):
 )
 def test_a_stratified_draw_is_a_partition(counts, fraction, parts, seed):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    drawn = draw_stratified(labels, fraction, parts, seed)
+    ids = [f"{n}.png" for n in range(len(labels))]
+    drawn = draw_stratified(labels, ids, fraction, parts, seed)
     assert torch.cat(drawn).sort().values.tolist() == list(range(sum(counts)))
     for label, count in enumerate(counts):
         shares = [int((labels[rows] == label).sum()) for rows in drawn]
@@ -76,6 +77,81 @@ def test_a_stratified_draw_is_a_partition(counts, fraction, parts, seed):
 
 def test_a_draw_is_a_function_of_the_seed():
     labels = torch.arange(200) % 4
-    first, again, other = (draw_stratified(labels, 0.1, 1, seed)[1].tolist() for seed in (3, 3, 4))
+    ids = [f"{n}.png" for n in range(200)]
+    first, again, other = (draw_stratified(labels, ids, 0.1, 1, seed)[1].tolist() for seed in (3, 3, 4))
     assert first == again
     assert first != other
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(6, 60), new=st.integers(0, 10**6), place=st.integers(0, 60), seed=st.integers(0, 99))
+def test_an_added_image_hardly_moves_any(count, new, place, seed):
+    """At most one goes out of, or into, each part of its class, and none from one part to the other."""
+
+    def parts(ids):
+        labels = torch.tensor([int(name[0]) for name in ids])
+        return [{ids[row] for row in rows.tolist()} for rows in draw_stratified(labels, ids, 0.2, 2, seed)]
+
+    ids = [f"{n % 2}/{n}" for n in range(count)]
+    (_, val, test), (_, val2, test2) = parts(ids), parts([*ids[:place], f"0/new{new}", *ids[place:]])
+    assert len(val ^ val2) <= 2
+    assert len(test ^ test2) <= 2
+    assert not val & test2 and not test & val2
+    assert {name for name in val ^ val2 | test ^ test2 if name[0] == "1"} == set()
+
+
+def test_a_draw_does_not_depend_on_the_order_of_files():
+    labels, ids = torch.arange(40) % 2, [f"{n}.png" for n in range(40)]
+    turned = draw_stratified(labels.flip(0), ids[::-1], 0.1, 2, 0)
+    for rows, other in zip(draw_stratified(labels, ids, 0.1, 2, 0), turned, strict=True):
+        assert {ids[row] for row in rows.tolist()} == {ids[39 - row] for row in other.tolist()}
+
+
+# ---- samples to batches
+
+
+def full_sample(n: int) -> Sample:
+    return Sample(
+        image=torch.full((3, 4, 5), n, dtype=torch.uint8), label=n, boxes=torch.zeros(n, 4), classes=torch.zeros(n),
+        mask=torch.zeros(4, 5), pad_mask=torch.zeros(4, 5, dtype=torch.bool), text=f"t{n}",
+        target={"depth": torch.full((4, 5), float(n))}, side={"age": torch.tensor(float(n))},
+        views=[torch.zeros(3, 4, 4), torch.zeros(3, 2, 2)], meta={"size": (4, 5)}, id=f"n{n}",
+    )  # fmt: skip
+
+
+def test_every_key_is_joined_by_its_kind():
+    batch = collate([full_sample(n) for n in range(3)])
+    assert set(batch) == set(Batch.__annotations__) == set(Sample.__annotations__)
+    assert batch["image"].shape == (3, 3, 4, 5)
+    assert batch["label"].tolist() == [0, 1, 2]
+    assert [len(boxes) for boxes in batch["boxes"]] == [len(classes) for classes in batch["classes"]] == [0, 1, 2]
+    assert batch["mask"].shape == batch["pad_mask"].shape == batch["target"]["depth"].shape == (3, 4, 5)
+    assert batch["side"]["age"].tolist() == [0, 1, 2]
+    assert [view.shape for view in batch["views"]] == [(3, 3, 4, 4), (3, 3, 2, 2)]
+    assert (batch["text"], batch["id"], batch["meta"][2]) == (["t0", "t1", "t2"], ["n0", "n1", "n2"], {"size": (4, 5)})
+
+
+def test_soft_labels_and_bare_images():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert set(collate([Sample(image=image), Sample(image=image)])) == {"image"}
+    assert collate([Sample(image=image, label=torch.tensor([0.2, 0.8]))] * 2)["label"].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"image": torch.zeros(3, 4, 4), "id": "b"}, "must have the same keys; b and the first differ in label"),
+        (
+            {"image": torch.zeros(3, 4, 9), "label": 1, "id": "b"},
+            r"image must have one shape .*\(3, 4, 9\)\]: give",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit_together(second, message):
+    with pytest.raises(ValueError, match=message):
+        collate([Sample(image=torch.zeros(3, 4, 4), label=0, id="a"), second])
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match="a sample holds boxes, .*; got also 'lable'"):
+        collate([{"image": torch.zeros(3, 4, 4), "lable": 0}])

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig, image_folder, load_splits
+from vitrail.data.imagesets import ImageSet, Sample
 from vitrail.data.loading import OrderedBatches, draw_seed, get_data_loaders, make_loader
 from vitrail.data.transforms import RandomResizedCrop, eval_transform, train_transform
 from vitrail.images import ImageError
@@ -89,6 +90,34 @@ def test_a_resumed_epoch_goes_on():
     assert len(rows(order)) == 7
 
 
+def test_a_plain_loop_sees_another_order_every_epoch(tensor_set):
+    loader = make_loader(tensor_set, batch_size=8, train=True)
+    epochs = [[name for batch in loader for name in batch["id"]] for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    loader.batch_sampler.set_epoch(1)
+    assert [name for batch in loader for name in batch["id"]] == epochs[1]
+    assert [name for batch in loader for name in batch["id"]] == epochs[2]
+
+
+def test_an_epoch_counts_once_it_is_drawn_to_its_end():
+    order = OrderedBatches(50, 8, shuffle=True)
+    first = next(iter(order))
+    assert next(iter(order)) == first
+    running = iter(order)
+    assert next(running) == first
+    order.set_epoch(7)
+    list(running)
+    assert (order.epoch, order.start) == (7, 0)  # what was said meanwhile stands
+    order.set_epoch(7, start=3)
+    rows(order)
+    assert (order.epoch, order.start) == (8, 0)
+
+
+def test_what_is_not_shuffled_stays_the_same():
+    order = OrderedBatches(9, 4, shuffle=False)
+    assert list(order) == list(order)
+
+
 def test_nothing_is_dropped():
     assert [len(batch) for batch in OrderedBatches(17, 8, shuffle=True)] == [8, 8, 1]
 
@@ -162,6 +191,45 @@ def test_each_epoch_and_image_has_its_own_crop(tensor_set):
     assert numbers(0) == numbers(0, batch_size=4)
     assert len(set(numbers(0).values())) == 23
     assert not set(numbers(0).values()) & set(numbers(1).values())
+
+
+class Boxed(ImageSet):
+    """Four images of 8 x 6 with a box each, of one size or said to be of many."""
+
+    def __init__(self, key="boxes", size=(8, 6)):
+        self.labels, self.classes, self.ids, self.size, self.key = (
+            torch.zeros(4).long(),
+            ("a",),
+            list("wxyz"),
+            size,
+            key,
+        )
+
+    def image(self, index):
+        return torch.full((3, 8, 6), index, dtype=torch.uint8)
+
+    def subset(self, indices):
+        return self
+
+    def __getitem__(self, index):
+        value = torch.zeros(index, 4) if self.key == "boxes" else torch.zeros(8, 6)
+        return Sample(**{**super().__getitem__(index), self.key: value})
+
+
+@pytest.mark.parametrize("key", ["boxes", "mask"])
+@pytest.mark.parametrize("size", [(8, 6), None])
+@pytest.mark.parametrize("transform", [RandomResizedCrop(TINY), eval_transform(TINY)])
+def test_boxes_do_not_move_with_images_yet(key, size, transform):
+    message = f"would cut or resize images but not their {key}: give images of the model's size"
+    with pytest.raises(ValueError, match=message):
+        list(make_loader(Boxed(key, size), batch_size=2, train=True, transform=transform))
+
+
+def test_boxes_travel_with_images_that_stay():
+    fit = eval_transform(Preprocess(img_size=(8, 6)))
+    for transform in (None, fit):
+        (batch,) = make_loader(Boxed(), batch_size=4, train=False, transform=transform)
+        assert [len(boxes) for boxes in batch["boxes"]] == [0, 1, 2, 3]
 
 
 def test_random_crops_leave_torchs_generator_alone(tensor_set):

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as oracle
 
-from vitrail.data.operations import COLOURS, NAMES, SHAPES, warp
+from vitrail.data.operations import COLOURS, NAMES, SHAPES, sharpness, warp
 
 LEVELS = torch.tensor([-0.9, -0.3, 0.0, 0.5, 0.9])
 
@@ -108,3 +108,9 @@ def test_composed_matrices_are_one_after_the_other():
 
 def test_names_are_unique():
     assert len(set(NAMES)) == len(NAMES) == 1 + len(SHAPES) + len(COLOURS)
+
+
+@pytest.mark.parametrize("size", [(1, 9), (9, 2), (2, 2)])
+def test_what_is_too_small_to_smooth_stays(size):
+    images = torch.rand(2, 3, *size)
+    assert sharpness(images, torch.tensor([-1.0, 0.9])) is images

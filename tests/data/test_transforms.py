@@ -26,13 +26,22 @@ def test_resizing_is_torchvisions(interpolation, size):
     assert torch.equal(resize(image, size, interpolation), expected)
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 150), (150, 100), (64, 64), (40, 300)])
-def test_evaluation_is_resize_and_centre_crop(height, width):
-    image = picture(height, width)
+@pytest.mark.parametrize("long", range(64, 104))
+@pytest.mark.parametrize("upright", [False, True])
+def test_evaluation_is_resize_and_centre_crop(long, upright):
+    """Whatever remains beside the cut: odd and even, of both halves."""
+    image = picture(long, 64) if upright else picture(64, long)
     preprocess = Preprocess(img_size=(56, 56), crop_pct=0.875)
-    large = v2.functional.resize(image, [64], InterpolationMode.BICUBIC, antialias=True)
-    top, left = (large.shape[1] - 56) // 2, (large.shape[2] - 56) // 2
-    assert torch.equal(eval_transform(preprocess)(image), large[:, top : top + 56, left : left + 56])
+    theirs = v2.Compose([v2.Resize(64, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(56)])
+    assert torch.equal(eval_transform(preprocess)(image), theirs(image))
+
+
+def test_a_clip_is_cut_at_one_place():
+    clip = picture(60, 80)[None].expand(4, -1, -1, -1)
+    for transform in (RandomResizedCrop(Preprocess(img_size=(24, 24))), eval_transform(Preprocess(img_size=(24, 24)))):
+        done = transform(clip)
+        assert done.shape == (4, 3, 24, 24)
+        assert torch.equal(done, done[:1].expand_as(done))
 
 
 def test_one_pixel_wide():

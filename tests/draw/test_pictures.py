@@ -51,9 +51,9 @@ def test_a_turned_photograph_stands_upright(tmp_path):
     [
         (torch.randn(3, 4, 4) * 9, r"must lie in \[0, 1\].*preprocess\.denormalise"),
         (torch.full((3, 4, 4), float("nan")), r"must lie in \[0, 1\]; got nan"),
-        (torch.zeros(1, 3, 4, 4), r"must be \(C, H, W\); got shape \(1, 3, 4, 4\)"),
+        (torch.zeros(1, 3, 4, 4), r"is \(C, H, W\); got shape \(1, 3, 4, 4\): give list"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), r"must be uint8 or float; got torch\.int64"),
-        (17, r"a PIL image, a path or a \(C, H, W\) tensor; got int"),
+        (17, "a path, a Pillow picture, a tensor or an array; got int"),
     ],
 )
 def test_what_is_no_image_is_named(image, words):
@@ -123,6 +123,17 @@ def test_a_layer_row_is_one_row_and_takes_maps_of_any_size():
     assert [axes.get_title() for axes in drawing.axes] == ["image", "layer 2", "$layer_{"]
     assert drawing.axes[0].get_subplotspec().get_gridspec().nrows == 1
     drawing._repr_png_()  # a caption is never read as a formula
+
+
+def test_layers_in_several_rows_each_begin_with_the_image():
+    drawing = layer_row(RAMP, [torch.rand(2, 2)] * 5, list("abcde"), columns=2, caption="cat")
+    assert [axes.get_title() for axes in drawing.axes] == ["cat", "a", "b", "cat", "c", "d", "cat", "e", ""]
+    grid = drawing.axes[0].get_subplotspec().get_gridspec()
+    assert (grid.nrows, grid.ncols) == (3, 3)
+    with pytest.raises(ValueError, match="columns must be at least 1; got 0"):
+        layer_row(RAMP, [torch.rand(2, 2)], ["a"], columns=0)
+    wide = layer_row(RAMP, [torch.rand(2, 2)] * 2, ["a", "b"], columns=12)
+    assert wide.axes[0].get_subplotspec().get_gridspec().ncols == 3
 
 
 def test_panels_that_do_not_fit_together_are_named():

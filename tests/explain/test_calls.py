@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.explain.maps import attention_map
 from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.layers.attention import Layout
 
@@ -15,6 +16,14 @@ def seen_by(function) -> list[AttentionMap]:
     with record_attention() as record:
         function()
     return record.maps
+
+
+def place_of(layout: Layout | None) -> tuple[object, ...] | None:
+    """What a layout without indices says."""
+    if layout is None:
+        return None
+    assert layout.query_index is layout.key_index is layout.key_grid is None
+    return layout.grid, layout.prefix, layout.windows, layout.key_prefix, layout.readout
 
 
 QKV = torch.randn(3, 2, 3, 6, 4, generator=torch.Generator().manual_seed(1))
@@ -86,6 +95,59 @@ def test_talking_heads_of_foreign_models(mix, grad):
             mix(scores().softmax(-1)) @ QKV[2]
         torch.testing.assert_close(record.maps[0].weights, WANTED[:, [2, 0], 1:2])
         torch.testing.assert_close(record.maps[0].effective, seen.effective[:, [2, 0], 1:2])
+
+
+HEAD_MASK = torch.tensor([1.0, 0.0, 0.5])[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda w: w * HEAD_MASK,
+        lambda w: HEAD_MASK * F.dropout(w, 0.0),
+        lambda w: w.multiply(HEAD_MASK).to(torch.float32),
+        lambda w: w.mul_(HEAD_MASK),
+        lambda w: (2 * (w * 0.5)) * HEAD_MASK,
+        lambda w: (w.flatten(0, 1) * HEAD_MASK.repeat(2, 1, 1)).unflatten(0, (2, 3)),
+    ],
+)
+def test_a_product_with_a_tensor_is_the_effective_map(product):
+    (seen,) = seen_by(lambda: product(scores().softmax(-1)) @ QKV[2])
+    torch.testing.assert_close(seen.weights, WANTED)
+    torch.testing.assert_close(seen.effective, WANTED * HEAD_MASK)
+    with record_attention(heads=[2, 0], queries=[1]) as record:
+        product(scores().softmax(-1)) @ QKV[2]
+    torch.testing.assert_close(record.maps[0].effective, (WANTED * HEAD_MASK)[:, [2, 0], 1:2])
+    assert record.maps[0].acting is record.maps[0].effective
+
+
+@pytest.mark.parametrize("number", [0.5, torch.tensor(0.5), torch.tensor([[0.5]])])
+def test_a_product_with_a_number_is_none(number):
+    (seen,) = seen_by(lambda: (scores().softmax(-1) * number) @ QKV[2])
+    assert seen.effective is None and seen.acting is seen.weights
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6), (6, 6)])
+def test_gradients_reach_a_masked_map(shape):
+    """Of four dimensions, or of three with heads in the batch."""
+    mask = torch.rand(*shape[:-1], 1, 1)
+    with record_attention(grad=True) as record:
+        weights = scores().view(*shape, 6).softmax(-1) if len(shape) == 3 else scores().view(6, 6, 6).softmax(-1)
+        mask = mask if len(shape) == 3 else mask[:, 0]
+        out = (weights * mask) @ QKV[2].view(*weights.shape[:-2], 6, 4)
+    (seen,) = record.maps
+    grads = torch.autograd.grad(out.sum(), [seen.weights, seen.effective])
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_what_takes_a_type_from_a_softmax_is_no_softmax():
+    def attention() -> None:
+        weights = scores().softmax(-1)
+        QKV[2].type_as(weights) @ torch.ones(4, 1)  # a matmul of values, before the one that counts
+        (weights * HEAD_MASK) @ QKV[2]
+
+    (seen,) = seen_by(attention)
+    torch.testing.assert_close(seen.effective, WANTED * HEAD_MASK)
 
 
 def test_a_softmax_used_twice_counts_once():
@@ -233,7 +295,7 @@ class Foreign(nn.Module):
 def test_the_convolution_tells_the_grid(prefix):
     with record_attention() as record:
         Foreign(prefix)(torch.randn(2, 3, 16, 24))
-    assert record.maps[0].layout == Layout((4, 6), prefix)
+    assert place_of(record.maps[0].layout) == place_of(Layout((4, 6), prefix))
 
 
 @pytest.mark.parametrize(
@@ -252,16 +314,45 @@ def test_a_square_is_guessed_only_where_just_one_fits(rows, given, layout):
     x = torch.randn(1, 1, rows, 4)
     with record_attention(**given) as record:
         F.scaled_dot_product_attention(x, x, x)
-    assert record.maps[0].layout == layout
+    assert place_of(record.maps[0].layout) == place_of(layout)
 
 
 def test_foreign_class_rows():
+    """Nobody tells what the head reads: row 0 of a prefix, else the mean."""
+    for prefix, rows in ((1, 1), (3, 1), (0, 24)):
+        with record_attention(queries="class") as record:
+            Foreign(prefix)(torch.randn(2, 3, 16, 24))
+        assert record.maps[0].weights.shape == (2, 1, rows, 24 + prefix)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_class_rows_of_nobody_knows_what(layers):
+    message = r"queries='class' .* for a foreign model, grid=\(h, w\) and prefix="
+    with pytest.raises(ValueError, match=message), record_attention(layers, queries="class"):
+        F.scaled_dot_product_attention(*torch.randn(3, 1, 1, 17, 4).unbind())
+
+
+def test_layers_without_known_class_rows_are_left_out_unless_named():
+    unknown = torch.randn(3, 2, 1, 9, 4)
+    with record_attention(queries="class") as record:
+        F.scaled_dot_product_attention(*unknown)
+        Foreign(1)(torch.randn(2, 3, 16, 24))
+        unknown[0].softmax(-1) @ unknown[1].transpose(-2, -1)
+    assert [m.layer for m in record.maps] == [2] and record.depth == 3
+    with pytest.raises(ValueError, match="layer 1 has no layout"), record_attention([1, 2], queries="class"):
+        F.scaled_dot_product_attention(*unknown)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_one_query_over_all_tokens_is_what_the_head_reads(prefix):
+    """Attention pooling, and class attention, whose class token is among the keys."""
+    tokens = torch.randn(2, 3, 24 + prefix, 4)
     with record_attention(queries="class") as record:
         Foreign(1)(torch.randn(2, 3, 16, 24))
-    assert record.maps[0].weights.shape == (2, 1, 1, 25)
-    message = r"for a foreign model, grid=\(h, w\) and prefix="
-    with pytest.raises(ValueError, match=message), record_attention(queries="class"):
-        F.scaled_dot_product_attention(*torch.randn(3, 1, 1, 17, 4).unbind())
+        F.scaled_dot_product_attention(tokens[:, :, :1], tokens, tokens)
+    seen = record.maps[1]
+    assert place_of(seen.layout) == ((4, 6), 1, 1, prefix, (0,))
+    torch.testing.assert_close(attention_map(seen), seen.weights.mean(1)[:, 0, prefix:].view(2, 4, 6))
 
 
 def test_windows_and_reduced_keys_of_foreign_models_have_no_layout():
@@ -271,4 +362,4 @@ def test_windows_and_reduced_keys_of_foreign_models_have_no_layout():
         Foreign(0)(torch.randn(2, 3, 16, 16))
         F.scaled_dot_product_attention(windows, windows, windows)
         F.scaled_dot_product_attention(torch.randn(2, 1, 16, 4), *torch.randn(2, 2, 1, 4, 4).unbind())
-    assert [m.layout for m in record.maps] == [Layout((4, 4), 0), None, None]
+    assert [place_of(m.layout) for m in record.maps] == [place_of(Layout((4, 4), 0)), None, None]

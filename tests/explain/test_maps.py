@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitrail.explain.maps import attention_map, explain, fuse_heads, rollout, rollout_map
+from vitrail.explain.maps import (
+    METHODS,
+    Explained,
+    attention_depth,
+    attention_map,
+    explain,
+    explain_layers,
+    fuse_heads,
+    rollout,
+    rollout_map,
+)
 from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.layers.attention import Layout
 from vitrail.models.vit import VisionTransformer
+from vitrail.records import Explanation
 
 
 def small_vit(**fields: object) -> VisionTransformer:
@@ -27,9 +41,15 @@ def random_weights(*shape: int) -> Tensor:
     return torch.randn(*shape).mul(2).softmax(-1)
 
 
-def chain(depth: int = 3, prefix: int = 1, grid: tuple[int, int] = (2, 3), heads: int = 2) -> list[AttentionMap]:
+def chain(
+    depth: int = 3,
+    prefix: int = 1,
+    grid: tuple[int, int] = (2, 3),
+    heads: int = 2,
+    readout: tuple[int, ...] | None = None,
+) -> list[AttentionMap]:
     count = prefix + grid[0] * grid[1]
-    layout = Layout(grid, prefix)
+    layout = Layout(grid, prefix, readout=readout)
     return [AttentionMap(random_weights(2, heads, count, count), layout, n + 1) for n in range(depth)]
 
 
@@ -46,9 +66,9 @@ def test_heads_are_fused():
     ("heads", "message"),
     [
         ("median", "heads must be mean, max, min or head numbers from 0; got 'median'"),
-        (3, r"heads must lie in 0 … 2; got \[3\]"),
-        ([], r"heads must lie in 0 … 2; got \[\]"),
-        (-1, r"heads must lie in 0 … 2; got \[-1\]"),
+        (3, r"heads must lie in 0 … 2, there are 3 heads; got \[3\]"),
+        ([], r"heads must lie in 0 … 2, .*; got \[\]"),
+        (-1, r"heads must lie in 0 … 2, .*; got \[-1\]"),
     ],
 )
 def test_heads_that_are_not_there(heads, message):
@@ -145,7 +165,7 @@ def test_rows_and_heads_recorded_in_part():
     assert_close(attention_map(part, heads=2, query=6), attention_map(whole, heads=2, query=6))
     with pytest.raises(ValueError, match=r"was recorded with heads \[2, 1\]; got \[0\]"):
         attention_map(part, heads=0)
-    with pytest.raises(ValueError, match=r"no row for query 3 \(prefix rows 1, recorded rows \[7, 0\]\)"):
+    with pytest.raises(ValueError, match=r"no row for query 3, .*\(prefix rows 1, recorded rows \[7, 0\]\)"):
         attention_map(part, query=3)
 
 
@@ -162,9 +182,69 @@ def test_queries_that_are_not_there(query, message):
         attention_map(chain(1)[0], query=query)
 
 
-def test_no_class_token_no_class_row():
-    with pytest.raises(ValueError, match=r"no row for query 'class' \(prefix rows 0, recorded rows all\)"):
-        attention_map(chain(1, prefix=0)[0])
+READOUTS = [((0,), [0]), ((0, 1), [0, 1]), ((), [3, 4, 5, 6, 7, 8]), (None, [0])]
+
+
+@pytest.mark.parametrize(("readout", "rows"), READOUTS)
+def test_the_class_query_is_what_the_head_reads(readout, rows):
+    """With a prefix of three, of which the first may or may not be a class token."""
+    (seen,) = chain(1, prefix=3, readout=readout)
+    weights = seen.weights.mean(1)
+    assert_close(attention_map(seen), weights[:, rows].mean(1)[:, 3:].view(2, 2, 3))
+    part = replace(seen, weights=seen.weights[:, :, rows], queries=tuple(rows))
+    assert_close(attention_map(part), attention_map(seen))
+    if len(rows) > 1:
+        part = replace(seen, weights=seen.weights[:, :, rows[1:]], queries=tuple(rows[1:]))
+        with pytest.raises(ValueError, match="no row for query 'class', or not all of them"):
+            attention_map(part)
+
+
+def test_without_a_class_token_the_class_query_is_the_mean():
+    (seen,) = chain(1, prefix=0)
+    assert_close(attention_map(seen), seen.weights.mean((1, 2)).view(2, 2, 3))
+    layout = Layout((2, 3), query_index=torch.tensor([0, -1, 2, 3, 4, 5]))  # the second is padding
+    wanted = seen.weights.mean(1)[:, [0, 2, 3, 4, 5]].mean(1).view(2, 2, 3)
+    assert_close(attention_map(replace(seen, layout=layout)), wanted)
+
+
+def test_keys_may_have_a_prefix_and_a_grid_of_their_own():
+    weights = random_weights(2, 3, 7, 4)
+    layout = Layout((2, 3), 1, key_prefix=0, key_grid=(2, 2))
+    assert_close(attention_map(AttentionMap(weights, layout, 1)), weights.mean(1)[:, 0].view(2, 2, 2))
+    weights = random_weights(2, 3, 1, 6)  # attention pooling
+    pooling = AttentionMap(weights, Layout((2, 3), 1, key_prefix=0, readout=(0,)), 1)
+    assert_close(attention_map(pooling), weights.mean(1)[:, 0].view(2, 2, 3))
+    with pytest.raises(ValueError, match="no row for query 2"):
+        attention_map(pooling, query=2)
+
+
+def test_frames_are_laid_on_their_grid():
+    weights = random_weights(2, 3, 13, 13)
+    seen = AttentionMap(weights, Layout((2, 2, 3), 1), 1)
+    assert_close(attention_map(seen), weights.mean(1)[:, 0, 1:].view(2, 2, 2, 3))
+    assert_close(attention_map(seen, query=(1, 0, 2)), attention_map(seen, query=8))
+    with pytest.raises(ValueError, match="query must be a cell of the 2 x 2 x 3 grid"):
+        attention_map(seen, query=(1, 2))
+
+
+def mixed_chain() -> list[AttentionMap]:
+    return [replace(seen, effective=torch.randn(2, 2, 7, 7)) for seen in chain(2)]
+
+
+def test_maps_show_what_acts_on_the_values():
+    seen = mixed_chain()[0]
+    assert_close(attention_map(seen), seen.effective.mean(1)[:, 0, 1:].view(2, 2, 3))
+    assert_close(attention_map(seen, heads=1), seen.effective[:, 1, 0, 1:].view(2, 2, 3))
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+def test_rollout_follows_what_acts_and_never_a_negative_weight(fusion):
+    maps = mixed_chain()
+    fused = [fuse_heads(seen.effective, fusion).clamp(min=0) for seen in maps]
+    wanted = rollout([AttentionMap(f, seen.layout, seen.layer) for f, seen in zip(fused, maps, strict=True)], "mean")
+    assert_close(rollout(maps, fusion), wanted)
+    assert (rollout(maps, fusion) >= 0).all()
+    assert_close(rollout(maps, fusion).sum(-1), torch.ones(2, 7))
 
 
 def test_maps_without_a_place_on_the_image():
@@ -220,6 +300,22 @@ def test_discard_never_takes_the_class_column():
 def test_without_a_class_token_the_mean_counts():
     maps = chain(2, prefix=0)
     assert_close(rollout_map(maps), rollout(maps).mean(1).view(2, 2, 3))
+
+
+@pytest.mark.parametrize(("readout", "rows"), READOUTS)
+def test_rollout_starts_from_what_the_head_reads(readout, rows):
+    maps = chain(2, prefix=3, readout=readout)
+    whole = rollout(maps)
+    assert_close(rollout_map(maps), whole[:, rows].mean(1)[:, 3:].view(2, 2, 3))
+
+
+@pytest.mark.parametrize(("readout", "kept"), [((0,), [0]), ((0, 1), [0, 1]), ((), []), (None, [0])])
+def test_discard_leaves_the_columns_of_class_tokens_alone(readout, kept):
+    weights = torch.arange(1.0, 7.0).expand(1, 1, 6, 6) / 21
+    whole = rollout([AttentionMap(weights, Layout((2, 2), 2, readout=readout), 1)], discard=0.99)
+    assert (whole[0] > 0).nonzero().unique(dim=0).tolist() == [
+        [row, column] for row in range(6) for column in range(6) if column in (*kept, 5, row)
+    ]
 
 
 @pytest.mark.parametrize("registers", [0, 2])
@@ -325,6 +421,73 @@ def test_models_without_a_class_token_are_explained(pool, method):
     assert_close(heat.sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_all_layers_in_one_pass(pool):
+    model, image = small_vit(class_token=pool == "token", reg_tokens=2, global_pool=pool), torch.randn(3, 32, 32)
+    with record_attention() as record, torch.no_grad():
+        output = model(image[None])
+    found = explain_layers(model, image, "attention")
+    assert_close(found.output, output)
+    assert [m.layer for m in found.maps] == [seen.layer for seen in record.maps] == [1, 2, 3, 4][: len(record.maps)]
+    for shown, seen in zip(found.maps, record.maps, strict=True):
+        assert_close(shown.heat, attention_map(seen)[0])
+    chosen = explain_layers(model, image, "attention", layers=[3, 1], heads="all").maps
+    assert [(m.layer, m.heads) for m in chosen] == [(layer, str(head)) for layer in (3, 1) for head in range(3)]
+    ends = explain_layers(model, image, layers=[2, 1]).maps
+    assert [m.layer for m in ends] == [2, 1]
+    for end in ends:
+        assert_close(end.heat, rollout_map(record.maps[: end.layer])[0])
+
+
+@pytest.mark.parametrize(("pool", "rows"), [("token", 1), ("avg", 16)])
+def test_no_more_is_recorded_than_is_shown(pool, rows, monkeypatch):
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "vitrail.explain.record.AttentionMap", lambda w, *rest: sizes.append(w.shape) or AttentionMap(w, *rest)
+    )
+    model, image = small_vit(global_pool=pool), torch.randn(3, 32, 32)
+    explain_layers(model, image, "attention", layers=[2])
+    explain_layers(model, image, "attention", layers=[2], heads="all")
+    assert sizes == [(1, 1, rows, 17), (1, 3, rows, 17)]
+    sizes.clear()
+    assert attention_depth(model, image) == 3
+    assert sizes == [(1, 1, 1, 17)]
+
+
+def test_a_method_is_added_in_one_place(monkeypatch):
+    def by_colour(model, batch, asked):
+        return Explained([Explanation(method="colour", heat=batch[0].mean(0))], model(batch))
+
+    monkeypatch.setitem(METHODS, "colour", by_colour)
+    image = torch.randn(3, 32, 32)
+    assert_close(explain(small_vit(), image, "colour").heat, image.mean(0))
+    with pytest.raises(ValueError, match="method must be one of rollout, attention, colour; got 'color'"):
+        explain(small_vit(), image, "color")
+
+
+def test_threads_that_share_a_model_in_training():
+    """All see it in evaluation mode, and it is in training mode again after the last."""
+    model = small_vit(drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5)
+    image = torch.randn(3, 32, 32)
+    wanted = [explain(model, image, method).heat for method in ("rollout", "attention")]
+    model.train()
+    model.blocks[1].eval()
+    before = [part.training for part in model.modules()]
+    barrier, found = threading.Barrier(8), []
+
+    def work() -> None:
+        barrier.wait()
+        found.extend([explain(model, image, name).heat for name in ("rollout", "attention")] for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(found) == 40
+    for heats in found:
+        assert_close(heats, wanted)
+    assert [part.training for part in model.modules()] == before
+
+
 def test_explain_leaves_the_model_as_it_was():
     model = small_vit(drop_path_rate=0.5).train()
     model.blocks[1].eval()
@@ -341,10 +504,10 @@ def test_explain_leaves_the_model_as_it_was():
     ("given", "message"),
     [
         ({"method": "rolout"}, "method must be one of rollout, attention; got 'rolout': did you mean rollout?"),
-        ({"method": "rollout", "heads": 1}, "rollout fuses heads by mean, max, min; got heads=1"),
+        ({"method": "rollout", "heads": 1}, "rollout fuses heads by mean, max or min; got 1"),
         ({"method": "attention", "discard": 0.5}, "discard belongs to rollout; got discard=0.5"),
         ({"layer": 0}, "layers must be numbers from 1"),
-        ({"method": "attention", "heads": 7}, r"heads must lie in 0 … 2 at layer 3|at layer 1; got \[7\]"),
+        ({"method": "attention", "heads": 7}, r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[7\]"),
     ],
 )
 def test_explain_refuses(given, message):

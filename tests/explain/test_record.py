@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -204,8 +205,8 @@ def test_layers_out_of_range_name_the_depth(images):
         ({"layers": [0]}, r"layers must be numbers from 1, or None for all; got \[0\]"),
         ({"heads": "max"}, "heads must be mean, head numbers from 0, or None for all; got 'max'"),
         ({"queries": "cls"}, "queries must be class, row numbers from 0, or None for all; got 'cls'"),
-        ({"heads": 3}, r"heads must lie in 0 … 2 at layer 1; got \[3\]"),
-        ({"queries": [17]}, r"queries must lie in 0 … 16 at layer 1; got \[17\]"),
+        ({"heads": 3}, r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[3\]"),
+        ({"queries": [17]}, r"queries must lie in 0 … 16 at layer 1, which has 17 queries; got \[17\]"),
         ({"grad": True, "heads": "mean"}, "grad=True records whole maps"),
         ({"prefix": -1}, "prefix must be the number of rows before the image tokens; got -1"),
     ],
@@ -215,9 +216,27 @@ def test_what_is_not_there_cannot_be_asked_for(asked, message, images):
         small_vit()(images)
 
 
-def test_class_rows_need_a_class_token(images):
-    with pytest.raises(ValueError, match="queries='class' needs a class token"), record_attention(queries="class"):
-        small_vit(class_token=False, global_pool="avg")(images)
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"reg_tokens": 2}, (0,)),
+        ({"global_pool": "avg"}, tuple(range(1, 17))),
+        ({"class_token": False, "reg_tokens": 2, "global_pool": "avg"}, tuple(range(2, 18))),
+        ({"class_token": False, "global_pool": "avg"}, None),
+    ],
+)
+def test_class_rows_are_those_that_the_head_reads(fields, rows, images):
+    with record_attention([3], queries="class") as record:
+        small_vit(**fields)(images)
+    assert record.maps[0].queries == rows
+    assert record.maps[0].weights.shape[2] == (len(rows) if rows else 16)
+
+
+def test_two_rows_may_be_read():
+    layout = Layout((2, 2), 2, readout=(0, 1))
+    with record_attention(queries="class") as record:
+        attend(*torch.randn(3, 1, 2, 6, 4).unbind(), layout=layout)
+    assert record.maps[0].queries == (0, 1)
 
 
 def test_an_exception_inside_leaves_nothing():
@@ -388,6 +407,36 @@ def test_eight_threads_at_once_get_their_own_maps():
         wanted = expected_maps(model, images[number])
         for seen, right in zip(found[number], wanted, strict=True):
             torch.testing.assert_close(seen.weights.double(), right, atol=1e-5, rtol=0)
+
+
+def test_a_compiled_model_in_many_threads(images):
+    """Half of them record: each its own maps, and afterwards graphs run again."""
+    model, backend = small_vit(), Counting()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        plain = compiled(images)
+    found, outputs = {}, {}
+    barrier = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for _ in range(3):
+            with torch.no_grad(), record_attention() if number % 2 else nullcontext() as record:
+                outputs[number] = compiled(images + number)
+            found[number] = record
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for number in range(6):
+        torch.testing.assert_close(outputs[number], model(images + number).detach(), atol=1e-4, rtol=1e-4)
+    for number in (1, 3, 5):
+        for seen, wanted in zip(found[number].maps, expected_maps(model, images + number), strict=True):
+            torch.testing.assert_close(seen.weights.double(), wanted, atol=1e-5, rtol=0)
+    runs = backend.runs
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), plain)
+    assert backend.runs > runs
 
 
 def test_another_thread_sees_nothing(images):

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitrail.explain.maps import attention_map, explain, rollout_map
-from vitrail.explain.record import record_attention
-from vitrail.layers.attention import Layout
+from vitrail.explain.maps import attention_map, explain, explain_layers, rollout_map
+from vitrail.explain.record import AttentionMap, record_attention
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")
+
+
+def place_of(seen: AttentionMap) -> tuple[tuple[int, ...], int]:
+    """Grid and prefix of a map, whose rows and columns are the same tokens in raster order."""
+    layout = seen.layout
+    assert layout is not None and layout.windows == 1 and layout.key_prefix is None
+    assert layout.query_index is layout.key_index is layout.key_grid is None
+    return layout.grid, layout.prefix
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -75,7 +82,7 @@ def test_timm_vit(timm_kernel, options, prefix, images):
     assert torch.equal(plain, watched)
     for seen, wanted in zip(record.maps, by_hooks(model, images), strict=True):
         assert_close(seen.weights.double(), wanted, atol=1e-5, rtol=0)
-        assert seen.layout == Layout((4, 4), prefix)
+        assert place_of(seen) == ((4, 4), prefix)
 
 
 def test_timm_deit_distilled(timm_kernel, images):
@@ -84,7 +91,7 @@ def test_timm_deit_distilled(timm_kernel, images):
         model(images)
     for seen, wanted in zip(record.maps, by_hooks(model, images), strict=True):
         assert_close(seen.weights.double(), wanted, atol=1e-5, rtol=0)
-        assert seen.layout == Layout((4, 4), 2)
+        assert place_of(seen) == ((4, 4), 2)
     assert rollout_map(record.maps).shape == (2, 4, 4)
 
 
@@ -105,6 +112,9 @@ def test_timm_attention_pooling(images):
         model(images)
     assert [m.weights.shape[-2:] for m in record.maps] == [(16, 16), (16, 16), (1, 16)]
     assert_close(rollout_map(record.maps).sum((1, 2)), torch.ones(2))
+    found = explain_layers(model, images[0], "attention")
+    assert [m.layer for m in found.maps] == [1, 2, 3]
+    assert_close(found.maps[2].heat, record.maps[2].weights.mean(1)[0].view(4, 4))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -118,6 +128,9 @@ def test_timm_cait_shows_its_class_attention_too(fused):
     with record_attention() as record:
         model(torch.randn(1, 3, 32, 32))
     assert [m.weights.shape[-2:] for m in record.maps] == [(16, 16), (16, 16), (1, 17), (1, 17)]
+    assert_close(attention_map(record.maps[3]), record.maps[3].weights.mean(1)[:, 0, 1:].view(1, 4, 4))
+    talking = record.maps[0]
+    assert_close(attention_map(talking), talking.effective.mean((1, 2)).view(1, 4, 4))
 
 
 def test_timm_swin_is_seen_but_not_placed():
@@ -155,7 +168,7 @@ def test_transformers_vit(implementation, images):
     assert len(wanted) == 2
     for seen, right in zip(record.maps, wanted, strict=True):
         assert_close(seen.weights, right, atol=1e-5, rtol=0)
-        assert seen.layout == Layout((4, 4), 1)
+        assert place_of(seen) == ((4, 4), 1)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -187,5 +200,5 @@ def test_torchvision_vit(inference, images):
         for seen, layer, x in zip(record.maps, model.encoder.layers, inputs[:2], strict=True):
             wanted = layer.self_attention(x, x, x, average_attn_weights=False)[1]
             assert_close(seen.weights, wanted, atol=1e-5, rtol=0, check_device=False)
-            assert seen.layout == Layout((4, 4), 1)
+            assert place_of(seen) == ((4, 4), 1)
     assert explain(model, images[0]).heat.shape == (4, 4)

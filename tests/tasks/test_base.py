@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vitrail.layers.modes import evaluating
 from vitrail.models.registry import build_model
 from vitrail.records import Batch
-from vitrail.tasks.base import as_batch, evaluate, evaluating, pick_device, to_device
+from vitrail.tasks.base import as_batch, batch_count, evaluate, pick_device, to_device
 from vitrail.tasks.classify import Classify
 
 
@@ -43,8 +44,27 @@ def test_a_tuple_becomes_a_batch_and_a_batch_stays():
     (torch.zeros(2, 3), "a Tensor"),
 ])  # fmt: skip
 def test_anything_else_is_refused(item: object, got: str):
-    with pytest.raises(ValueError, match=rf"must yield \(images, labels\) or a dict with `image`.*got {got}"):
+    with pytest.raises(
+        ValueError, match=rf"must yield \(images, labels\) or a dict with one of image, views, text .*got {got}"
+    ):
         as_batch(item)
+
+
+@pytest.mark.parametrize("batch", [
+    {"image": torch.zeros(3, 1, 4, 4), "views": [torch.zeros(2, 1, 4, 4)]},
+    {"label": torch.zeros(3), "views": [torch.zeros(3, 1, 4, 4), torch.zeros(3, 1, 2, 2)]},
+    {"text": ["a", "b", "c"], "target": {}},
+])  # fmt: skip
+def test_a_batch_may_be_of_images_views_or_texts(batch: Batch):
+    assert as_batch(batch) is batch
+    assert batch_count(batch) == 3
+
+
+def test_views_are_normalised_as_images_are(task: Classify):
+    image = raw()["image"]
+    ready = task.backbone.preprocess.prepare({"views": [image, image[..., :16, :16], image.float()]})
+    assert torch.equal(ready["views"][0], task.prepare(raw())["image"])
+    assert ready["views"][1].dtype == torch.float32 and torch.equal(ready["views"][2], image.float())
 
 
 def test_every_tensor_of_a_batch_moves():
@@ -79,7 +99,7 @@ def test_a_plain_loader_scores_like_our_batches(task: Classify):
     loader = DataLoader(TensorDataset(batch["image"], batch["label"]), batch_size=3)
     ours, theirs = evaluate(task, [batch]), evaluate(task, loader)
     assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name].double(), theirs[name].double(), atol=1e-6) for name in ours)
+    assert all(torch.allclose(ours[name].double(), theirs[name].double(), atol=1e-6, equal_nan=True) for name in ours)
     assert all(value.device.type == "cpu" and not value.requires_grad for value in ours.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from sklearn import metrics as oracle
 from torch import Tensor, nn
 
-from vitrail.models.backbone import Backbone
+from vitrail.models.backbone import Backbone, Tokens
 from vitrail.models.registry import build_model
 from vitrail.models.vit import VisionTransformer
 from vitrail.records import Batch
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.scores import Reliability, classification_scores
+from vitrail.weights.load import load_model
 
 K = 5
 
@@ -30,11 +32,11 @@ class TwoHeads(VisionTransformer):
         super().__init__(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2, num_classes=K)
         self.other = nn.Linear(24, K)
 
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.head(x[:, 0]), self.other(x[:, 0])
+    def forward_heads(self, x: Tokens) -> tuple[Tensor, ...]:
+        return self.head(x.x[:, 0]), self.other(x.x[:, 0])
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, padding: Tensor | None = None) -> Tensor:
-        return x[:, 0] if pre_logits else torch.stack(self.forward_heads(x)).mean(0)
+    def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
+        return x.x[:, 0] if pre_logits else torch.stack(self.forward_heads(x)).mean(0)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_soft_labels_of_one_class_are_hard_labels(backbone: Backbone):
     soft = hard | {"label": F.one_hot(hard["label"], K).float()}
     assert torch.allclose(task(soft)["loss"], task(hard)["loss"], atol=1e-6)
     one, two = evaluate(task, [soft]), evaluate(task, [hard])
-    assert all(torch.allclose(one[name].double(), two[name].double(), atol=1e-6) for name in one)
+    assert all(torch.allclose(one[name].double(), two[name].double(), atol=1e-6, equal_nan=True) for name in one)
 
 
 def test_mixed_labels_share_the_loss(backbone: Backbone):
@@ -155,8 +157,10 @@ def test_labels_of_any_integer_type_do(backbone: Backbone):
 def test_what_cannot_be_a_classifier_is_refused(backbone: Backbone):
     data = batch()
     del data["label"]
-    with pytest.raises(ValueError, match="a batch with a `label`; got image, id"):
+    with pytest.raises(ValueError, match="a batch with `image` and `label`; got image, id"):
         Classify(backbone)(data)
+    with pytest.raises(ValueError, match="`image` and `label`; got views, label"):
+        Classify(backbone)({"views": [batch()["image"]], "label": batch()["label"]})
     with pytest.raises(ValueError, match=r"\[0, 1\); got 1\.0"):
         Classify(backbone, label_smoothing=1.0)
     with pytest.raises(ValueError, match="num_classes of at least 1; got 0: call reset_classifier"):
@@ -174,13 +178,14 @@ def test_figures_equal_scikit_learns(seed: int):
     logits[:, 3] = -20
     target = torch.randint(4, (50,), generator=generator)
     found, answer = scores_of(logits, target), logits.argmax(1)
-    given: dict[str, Any] = {"labels": range(K), "average": None, "zero_division": 0}
+    given: dict[str, Any] = {"labels": range(K), "average": None, "zero_division": np.nan}
     precision, recall, f1, _ = oracle.precision_recall_fscore_support(target, answer, **given)
     assert found["accuracy"] == pytest.approx(oracle.accuracy_score(target, answer), abs=1e-6)
     occurring = [oracle.recall_score(target, answer, labels=[k], average="macro") for k in range(4)]
     assert found["balanced_accuracy"] == pytest.approx(np.mean(occurring), abs=1e-6)
     for name, expected in (("precision", precision), ("recall", recall), ("f1", f1)):
-        assert found[name] == pytest.approx(expected, abs=1e-6), name
+        assert found[name] == pytest.approx(expected, abs=1e-6, nan_ok=True), name
+    assert np.isnan(found["precision"][3]) and np.isnan(found["recall"][4])
     assert (found["confusion"] == oracle.confusion_matrix(target, answer, labels=range(K))).all()
     shares = logits.double().softmax(1)
     assert found["loss"] == pytest.approx(oracle.log_loss(target, shares, labels=range(K)), abs=1e-5)
@@ -266,3 +271,40 @@ def test_answers_without_names_or_ids(backbone: Backbone):
     assert {name for name, _ in answers[0].top} == {f"class {k}" for k in range(K)}
     with pytest.raises(ValueError, match="top must be at least 1; got 0"):
         Classify(backbone).predict(data, top=0)
+
+
+# ---- padding, and a head of one's own
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_padded_pixels_are_hidden_in_the_loss_the_figures_and_the_answers(pool: str):
+    torch.manual_seed(0)
+    task = Classify(build_model("vit_debug", num_classes=K, depth=1, global_pool=pool).eval())
+    padded, mask = batch(), torch.zeros(6, 32, 32, dtype=torch.bool)
+    mask[..., 16:] = True
+    padded["pad_mask"] = mask
+    other = padded | {"image": padded["image"].masked_fill(mask[:, None], 7.0)}
+    assert not torch.allclose(task.logits(batch()), task.logits(padded), atol=1e-4)  # padding is not seen …
+    assert torch.allclose(task.logits(padded), task.logits(other), atol=1e-5)  # … whatever stands there
+    assert torch.allclose(task(padded)["loss"], task(other)["loss"], atol=1e-5)
+    one, two = evaluate(task, [padded]), evaluate(task, [other])
+    assert torch.allclose(one["loss"], two["loss"], atol=1e-5)
+    answers = [task.predict(data)[0].confidence for data in (padded, other)]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-5)
+
+
+def test_a_head_put_in_by_hand_goes_all_the_way(tmp_path: Path):
+    """Loss, figures, answers, model folder and back: three classes where the config said five."""
+    torch.manual_seed(0)
+    model = build_model("vit_debug", num_classes=K, depth=1)
+    model.classes, model.head = tuple("abcde"), nn.Linear(model.num_features, 3)
+    task, data = Classify(model), batch()
+    data["label"] = data["label"] % 3
+    assert task.num_classes == 3 and task.classes == ("class 0", "class 1", "class 2")
+    task(data)["loss"].backward()
+    assert evaluate(task, [data])["confusion"].shape == (3, 3)
+    with pytest.raises(ValueError, match="for 3 classes; 3.png has 3"):
+        task(batch())
+    again = Classify(load_model(model.save_pretrained(tmp_path / "model")))
+    assert again.num_classes == again.backbone.config.num_classes == 3
+    assert again.predict(data) == Classify(model.eval()).predict(data)

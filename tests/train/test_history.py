@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +11,22 @@ import torch
 from vitrail.train.history import HistoryLog, LossMeter, NonFiniteLoss, Reading, write_csv
 
 
-def reading(loss, images=2, batch=0):
-    return Reading(torch.tensor(loss), images, epoch=1, batch=batch, lr=0.5)
+def reading(loss, images=2, batch=0, **parts):
+    return Reading({"loss": torch.tensor(loss), **parts}, images, epoch=1, batch=batch, lr=0.5)
 
 
 def test_the_mean_is_over_images():
     meter = LossMeter()
     meter.add(reading(1.0, images=3))
     meter.add(reading(5.0, images=1))
-    assert (meter.total, meter.images, meter.latest) == (8.0, 4, 5.0)
+    assert (meter.totals, meter.images, meter.latest) == ({"loss": 8.0}, 4, 5.0)
+
+
+def test_parts_are_summed_beside_the_loss():
+    meter = LossMeter(every=2)
+    meter.add(reading(1.0, images=3, pixels=torch.tensor(2.0, dtype=torch.bfloat16)))
+    meter.add(reading(5.0, images=1, pixels=torch.tensor(4.0)))
+    assert meter.totals == {"loss": 8.0, "pixels": 10.0}
 
 
 def test_losses_are_read_in_bunches():
@@ -39,6 +47,20 @@ def test_a_loss_that_is_not_finite_names_its_batch(bad):
         meter.add(reading(1.0))
 
 
+def test_sums_are_taken_over_all_processes():
+    record, seen = HistoryLog(LossMeter(), ("accuracy", "max")), []
+    record.meter.add(reading(1.0, images=3, pixels=torch.tensor(2.0)))
+
+    def reduce(sums, reduce_op):
+        seen.append(reduce_op)
+        return sums + torch.tensor([10.0, 20.0, 5.0])
+
+    strategy = SimpleNamespace(reduce=reduce, root_device="cpu")
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    assert record._over_all_processes(trainer) == ({"loss": 13.0, "pixels": 26.0}, 8)
+    assert seen == ["sum"]
+
+
 def test_the_best_row_is_the_earliest_and_never_nan():
     record = HistoryLog(LossMeter(), ("accuracy", "max"))
     for epoch, value in enumerate([math.nan, 0.5, 0.7, 0.7, 0.6], start=1):
@@ -47,6 +69,15 @@ def test_the_best_row_is_the_earliest_and_never_nan():
     assert not record.improved
     record.mode = "min"
     assert record.best["epoch"] == 2
+
+
+def test_the_best_row_is_the_historys():
+    """One law: whoever asks the history gets the row that was kept."""
+    record = HistoryLog(LossMeter(), ("loss", "min"))
+    for epoch, value in enumerate([math.inf, math.nan, 0.5, 0.5], start=1):
+        assert record.best is None or record.best["epoch"] == 3
+        record.history.rows.append({"epoch": epoch, "val_loss": value})
+    assert record.best is record.history.best("val_loss", "min")
 
 
 def test_without_validation_every_epoch_is_the_best():

@@ -42,6 +42,12 @@ def test_warmup_never_takes_more_than_half(epochs, warmup, steps):
     assert warmup_steps(OptimConfig(epochs=epochs, warmup_epochs=warmup), steps_per_epoch=10) == steps
 
 
+def test_the_least_rate_follows_a_small_peak_unless_it_is_said():
+    assert (OptimConfig().min_lr, OptimConfig(lr=1e-7).min_lr) == (1e-6, 1e-7)
+    with pytest.raises(ValueError, match=r"--min-lr must lie between 0 and --lr 1e-07; got 1e-05"):
+        OptimConfig(lr=1e-7, min_lr=1e-5)
+
+
 def test_decay_leaves_biases_norms_and_exempt_names_alone(make_task):
     task = make_task()
     names = {id(p): name for name, p in task.named_parameters()}

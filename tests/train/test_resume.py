@@ -1,4 +1,4 @@
-"""A stopped and resumed run ends in the very same weights as one that was left alone."""
+"""On the CPU, a stopped and resumed run ends in the very same weights as one that was left alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import signal
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from vitrail.data.loading import make_loader
 from vitrail.train import engine
 from vitrail.train.callbacks import StopRequested
+from vitrail.train.config import TrainConfig
 from vitrail.train.engine import Interrupted
+from vitrail.train.resume import FREE, refuse_changes, refuse_unshared, same_kernels, told
 
 RECIPE = {"ema": 0.9, "mixup": 0.2, "accumulate": 2, "crop": "pad"}
 TIMES = {"seconds", "images_per_second"}
@@ -45,7 +49,7 @@ def undisturbed(undisturbed_cache, train, make_task, fingerprint, tmp_path):
 
 
 # eight batches an epoch, two a step
-@pytest.mark.parametrize(("stop", "workers"), [(0, 0), (5, 0), (6, 0), (7, 0), (8, 0), (13, 0), (5, 2)])
+@pytest.mark.parametrize(("stop", "workers"), [(0, 0), (5, 0), (6, 0), (7, 0), (8, 0), (13, 0), (23, 0), (5, 2)])
 def test_a_resumed_run_is_bit_identical(stop, workers, undisturbed, train, make_task, fingerprint, tmp_path):
     with pytest.raises(Interrupted, match=r"go on with: vitrail train --resume .*run"):
         train(
@@ -56,7 +60,7 @@ def test_a_resumed_run_is_bit_identical(stop, workers, undisturbed, train, make_
             **RECIPE,
         )
     task = make_task(seed=1, drop_path_rate=0.2, drop_rate=0.1)  # whose own weights must not matter
-    history = train(task, out=tmp_path / "run", workers=workers, resume=True, **RECIPE)
+    history = train(task, out=tmp_path / "run", workers=workers, resume=True, **RECIPE)  # after 23: only writes model/
     assert (fingerprint(task), figures(history)) == undisturbed
 
 
@@ -143,6 +147,46 @@ def test_sigterm_has_its_exit_code(train, tmp_path):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_ctrl_c_in_the_last_batch_begins_no_other_epoch(train, tmp_path):
+    seen = []
+
+    def hook(number):
+        seen.append(number)
+        signal_at(7)(number)
+
+    with pytest.raises(Interrupted, match="stopped in epoch 2; go on with"):
+        train(out=tmp_path, hook=hook)
+    assert seen == list(range(8))
+
+
+@pytest.mark.parametrize("moment", ["on_validation_epoch_end", "on_train_end"])
+def test_ctrl_c_in_the_last_epoch_is_not_swallowed(moment, train, tmp_path, monkeypatch):
+    """Neither in its validation nor after it. What was trained is kept, and to go on only finishes the run."""
+    own = getattr(engine.TaskModule, moment)
+
+    def interrupted(self):
+        own(self)
+        if self.trainer.current_epoch >= 1:  # two epochs: the last
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.TaskModule, moment, interrupted)
+        with pytest.raises(Interrupted, match="stopped after the last epoch; go on with: vitrail train --resume"):
+            train(out=tmp_path, epochs=2)
+    assert not (tmp_path / "model").exists()
+    assert len(train(out=tmp_path, epochs=2, resume=True)) == 2
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_loader_workers_leave_ctrl_c_to_the_main_process(images):
+    """A terminal sends it to all processes."""
+    loader = make_loader(images[0], batch_size=8, train=False, workers=1)
+    batches = iter(loader)
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert sum(len(batch["label"]) for batch in batches) == 52
+
+
 def test_a_second_signal_ends_it_at_once(train, tmp_path):
     def twice(batch):
         for _ in range(2):
@@ -158,10 +202,42 @@ def test_without_a_folder_nothing_is_kept(train):
         train(hook=signal_at(3))
 
 
-def test_what_decides_the_order_must_stay(train, make_task, tmp_path):
+def test_what_is_learnt_and_how_must_stay(train, make_task, tmp_path):
     train(out=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="--seed was 0, got 1; --accumulate was 1, got 2: take the old values"):
-        train(out=tmp_path, epochs=2, resume=True, seed=1, accumulate=2)
+    with pytest.raises(ValueError, match="--lr was 0.01, got 0.1; --accumulate was 1, got 2: take the old values"):
+        train(out=tmp_path, epochs=2, resume=True, lr=0.1, accumulate=2)
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml").lr == 1e-2
+
+
+def test_every_field_must_stay_but_for_those_that_are_free():
+    other = {"model": "x", "label_smoothing": 0.5, "precision": "bf16", "crop_scale": 0.5, "debug": True, "lr": 1e-4}
+    free = {name: other.get(name, 9) for name in FREE} | {"device": "cpu", "log": "tensorboard", "out": "a"}
+    before = told(TrainConfig())
+    refuse_changes(before, TrainConfig(**free))
+    for name, value in other.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} was .*, got {value}: take the old"):
+            refuse_changes(before, TrainConfig(**{name: value}))
+
+
+def test_a_longer_schedule_is_told_of(train, tmp_path, capsys):
+    train(out=tmp_path, epochs=1)
+    assert "--epochs" not in capsys.readouterr().out
+    train(out=tmp_path, epochs=2, resume=True)
+    assert "--epochs was 1 and is 2: from here on the learning rate follows the schedule of 2" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("strange", "lacks"), [
+    ({"state_dict": {}, "told": {}}, "history"),
+    ({"weight": torch.zeros(1)}, "history, state_dict, told"),
+])  # fmt: skip
+def test_a_checkpoint_of_somebody_else_is_refused(strange, lacks, train, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(strange, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=f"a checkpoint that it wrote itself; .*last.ckpt lacks {lacks}: take"):
+        train(out=tmp_path, resume=True)
+    assert not (tmp_path / "config.yaml").exists()
 
 
 def test_nothing_to_resume(train, tmp_path):
@@ -175,3 +251,69 @@ def test_a_run_is_not_overwritten(train, tmp_path):
     train(out=tmp_path, epochs=1)
     with pytest.raises(ValueError, match="holds one already: go on with --resume"):
         train(out=tmp_path, epochs=1)
+
+
+# ---- kernels
+
+
+def kernels():
+    cuda = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+def test_kernels_that_repeat_themselves_only_where_asked_for(train):
+    before, seen = kernels(), []
+    train(epochs=1, hook=lambda number: seen.append(kernels()))
+    assert set(seen) == {before}
+    seen.clear()
+    train(epochs=1, deterministic=True, hook=lambda number: seen.append(kernels()))
+    assert set(seen) == {(True, True, False, (True, True, False, False), ":4096:8")}
+    assert kernels() == before
+
+
+def test_kernels_are_restored_after_an_error_to_what_they_were(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = kernels()
+    with pytest.raises(RuntimeError), same_kernels(True):
+        assert kernels()[-1] == ":16:8"  # somebody's own choice, which repeats itself too
+        raise RuntimeError
+    assert kernels() == before
+
+
+# ---- several processes
+
+
+def distributed(images, shuffle=True):
+    rows = TensorDataset(images[0].images, images[0].labels)
+    return DataLoader(rows, batch_size=10, sampler=DistributedSampler(rows, 2, 0, shuffle=shuffle))
+
+
+def test_processes_that_would_train_on_the_same_images_are_refused(images):
+    several = TrainConfig(devices=2, num_nodes=3)
+    rows = TensorDataset(images[0].images, images[0].labels)
+    for loader, name in ((DataLoader(rows, shuffle=True), "a DataLoader with RandomSampler"), ([rows], "list")):
+        refuse_unshared(loader, TrainConfig())
+        with pytest.raises(ValueError, match=rf"--devices 2 and --num-nodes 3 need .*; got {name}: use .*make_loader"):
+            refuse_unshared(loader, several)
+    refuse_unshared(make_loader(images[0], batch_size=8, train=True), several)
+    refuse_unshared(distributed(images), several)
+
+
+def test_fit_refuses_them(images, make_task):
+    loader = DataLoader(TensorDataset(images[0].images, images[0].labels))
+    with pytest.raises(ValueError, match="--devices 2 and --num-nodes 1 need"):
+        engine.fit(make_task(), loader, None, TrainConfig(devices=2, device="cpu"))
+
+
+def test_a_distributed_sampler_is_told_the_epoch(images, make_task):
+    loader, epochs = distributed(images), []
+    loader.sampler.set_epoch = epochs.append
+    engine.fit(make_task(), loader, None, TrainConfig(epochs=3, device="cpu"))
+    assert epochs == [0, 1, 2]

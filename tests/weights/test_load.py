@@ -118,6 +118,58 @@ def test_a_card_that_describes_another_network_is_refused(saved: Path, changes: 
         load_model(saved)
 
 
+def test_a_million_layers_are_not_built(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(load, "build_from_config", built)
+    card = json.loads((saved / "config.json").read_text())
+    rewrite(saved, config=card["config"] | {"depth": 999})
+    with pytest.raises(FolderError, match="a config of 999 layers needs a tensor for each; the weights hold 32"):
+        load_model(saved)
+    rewrite(saved, family="resnet", config={"depths": [900] * 500})
+    with pytest.raises(FolderError, match="a config of 450,000 layers"):
+        load_model(saved)
+    monkeypatch.undo()
+    rewrite(saved, family="vit", config=card["config"] | {"depth": 10**6})
+    with pytest.raises(FolderError, match=r"config\.depth must lie within ±1,000; got 1000000"):
+        load_model(saved)
+
+
+def test_derived_buffers_get_no_more_memory_than_the_weights_let_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = build_model("vit_debug", pos_embed="sincos", depth=1, patch_size=1)
+    saved = made.save_pretrained(tmp_path / "sincos")
+    card = json.loads((saved / "config.json").read_text())
+    huge = {
+        "config": card["config"] | {"img_size": [16384, 16384]},
+        "preprocess": card["preprocess"] | {"img_size": [16384, 16384]},
+    }
+    rewrite(saved, **huge)
+    with pytest.raises(FolderError, match=r"asks for 51,[\d,]+ bytes beside the weights; at most 64,[\d,]+ are given"):
+        load_model(saved)
+    rewrite(saved, config=card["config"], preprocess=card["preprocess"])
+
+    def none_left(*_: object, **__: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(type(made), "to_empty", none_left)
+    with pytest.raises(FolderError, match="no memory could be had for its network: can't allocate"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(("size", "fits"), [([32, 64], True), ([128, 8], True), ([32, 136], False), ([7, 32], False)])
+def test_images_are_prepared_for_a_size_near_the_networks(saved: Path, size: list[int], fits: bool):
+    card = json.loads((saved / "config.json").read_text())
+    rewrite(saved, preprocess=card["preprocess"] | {"img_size": size})
+    if fits:
+        assert load_model(saved).preprocess.img_size == tuple(size)
+        return
+    with pytest.raises(FolderError, match=r"img_size must be within 4 times the network's img_size \(32, 32\)"):
+        load_model(saved)
+
+
 def test_damaged_weights_are_refused(saved: Path):
     data = bytearray((saved / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -140,6 +192,19 @@ def test_what_is_no_model_says_what_there_is(saved: Path):
 
 
 # ---- names
+
+
+def test_a_short_name_says_which_row_it_became(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="vitrail")
+    create_model("vit_tiny", img_size=36, depth=1)
+    assert caplog.messages == ["vit_tiny is vit_tiny_patch4_32, for images of 36 pixels"]
+    create_model("vit_debug")
+    assert len(caplog.messages) == 1
+
+
+def test_timms_input_size_is_channels_height_width():
+    config = create_model("vit_debug", input_size=(1, 32, 40), depth=1).config
+    assert (config.in_chans, config.img_size) == (1, (32, 40))
 
 
 def test_a_name_builds_fresh_weights():
@@ -168,6 +233,15 @@ def test_known_weights_with_another_head(made: Backbone):
         create_model("cells", pretrained=True, depth=3)
     with pytest.raises(TypeError, match="nearest is depth"):
         create_model("cells", pretrained=True, depht=3)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_known_weights_at_another_size_prepare_for_it(made: Backbone, monkeypatch: pytest.MonkeyPatch):
+    resnet = build_model("resnet_debug", num_classes=3)
+    path = resnet.save_pretrained(SHIPPED["cells"].folder.parent / "resnet")
+    monkeypatch.setitem(SHIPPED, "resnet", Shipped(path, ""))
+    model = create_model("resnet", pretrained=True, img_size=48)
+    assert (model.config.img_size, model.preprocess.img_size) == ((48, 48), (48, 48))
 
 
 @pytest.mark.usefixtures("shipped")

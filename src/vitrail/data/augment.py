@@ -5,7 +5,7 @@
 Every draw comes from torch's global CPU generator, so a batch is a function of the seed set before it, on any device.
 (Only the noise that fills erased rectangles is drawn on the device.) Float images are ready: they are only mixed.
 
-Legend: `B` images, `C` channels, `H`, `W` pixels, `K` classes.
+Legend: `B` images or clips, `T` frames of a clip, `C` channels, `H`, `W` pixels, `K` classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitrail.data.operations import brightness, colour, contrast
 from vitrail.data.policies import BINS, POLICIES, Drawn, apply_operations, draw_rand
-from vitrail.names import nearest
+from vitrail.names import check_choice, require
 from vitrail.records import Batch, Preprocess
 
 Crop = Literal["auto", "pad", "resized", "none"]
@@ -29,6 +29,8 @@ AutoAugment = Literal["none", "auto", "cifar10", "imagenet", "rand", "trivial"]
 PadMode = Literal["zero", "reflect"]
 SMALL_SIDE = 96
 """up to this side an image is padded and cropped, and gets CIFAR-10's policy; above, resized crops and ImageNet's"""
+TIED = ("boxes", "mask", "pad_mask")
+"""keys that belong to places in an image"""
 ERASE_AREA = (0.02, 0.4)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
@@ -67,24 +69,15 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
         for name in ("flip", "flip_vertical", "erase", "color_jitter", "crop_pad"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
-        for name, choices in (("crop", Crop), ("pad_mode", PadMode), ("auto_augment", AutoAugment)):
-            _choose(name, getattr(self, name), get_args(choices))
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale must lie in (0, 1]; got {self.crop_scale}")
-        if self.rand_ops < 1:
-            raise ValueError(f"rand_ops must be at least 1; got {self.rand_ops}")
-        if not 0 <= self.rand_magnitude <= BINS:
-            raise ValueError(f"rand_magnitude must lie in 0 to {BINS}; got {self.rand_magnitude}")
-        if min(self.mixup, self.cutmix) < 0:
-            raise ValueError(f"mixup and cutmix must be at least 0; got {self.mixup} and {self.cutmix}")
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = nearest(str(value), choices, 1)[0]
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}: did you mean {near}?")
+            require(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]", getattr(self, name))
+        check_choice("--crop", self.crop, get_args(Crop))
+        check_choice("--pad-mode", self.pad_mode, get_args(PadMode))
+        check_choice("--auto-augment", self.auto_augment, get_args(AutoAugment))
+        require(0 < self.crop_scale <= 1, "crop_scale", "lie in (0, 1]", self.crop_scale)
+        require(self.rand_ops >= 1, "rand_ops", "be at least 1", self.rand_ops)
+        require(0 <= self.rand_magnitude <= BINS, "rand_magnitude", f"lie in 0 to {BINS}", self.rand_magnitude)
+        for name in ("mixup", "cutmix"):
+            require(0 <= getattr(self, name) < math.inf, name, "be 0 (off) or more", getattr(self, name))
 
 
 def crop_kind(config: AugmentConfig, preprocess: Preprocess) -> Crop:
@@ -99,6 +92,9 @@ class BatchAugment:
 
     Labels stay (B,) int64 without mixing and are (B, num_classes) float with it; all other keys travel along.
     `resized` crops are not made here but image by image in `train_transform`, where the whole picture still is.
+    Of frames (B, T, C, H, W) a clip is varied as one image is: every draw holds for all its frames.
+    Raises `ValueError` where images would move, or be mixed, that have boxes, masks or targets of their cells, naming
+    the key; for images of other dimensions; and, while mixing, for labels that are no classes of the model.
     """
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, num_classes: int) -> None:
@@ -108,29 +104,75 @@ class BatchAugment:
         self.policy = _policy(config, preprocess)
 
     def __call__(self, batch: Batch, step: int = 0) -> Batch:
-        images, changed = batch["image"], dict(batch)
-        if images.dtype == torch.uint8:
-            changed["image"] = self.preprocess.normalise(self._vary(images))
-        if self.config.mixup or self.config.cutmix:
-            changed["image"], changed["label"] = self._mix(changed["image"], batch["label"])  # type: ignore[arg-type]
-        return Batch(**changed)  # type: ignore[typeddict-item]
+        changed = dict(batch)
+        if "image" in batch:
+            self._check(batch)
+            raw = batch["image"].dtype == torch.uint8
+            images = self.preprocess.normalise(self._vary(batch["image"])) if raw else batch["image"]
+            changed["image"] = images
+            if self.config.mixup or self.config.cutmix:
+                changed["image"], changed["label"] = self._mix(images, self._labels(batch))
+        return self.preprocess.prepare(Batch(**changed))  # type: ignore[typeddict-item]
+
+    def _check(self, batch: Batch) -> None:
+        if batch["image"].ndim not in (4, 5):
+            shape = tuple(batch["image"].shape)
+            raise ValueError(f"images to be augmented are (B, C, H, W), or frames (B, T, C, H, W); got {shape}")
+        tied = [key for key in TIED if key in batch]
+        tied += [f"target.{name}" for name, value in batch.get("target", {}).items() if value.ndim > 1]
+        flags = self._moving(batch["image"].dtype == torch.uint8)
+        if tied and flags:
+            raise ValueError(
+                f"{', '.join(flags)} would move images but not their {tied[0]}: "
+                "switch off what is named, with 0 or none"
+            )
+
+    def _moving(self, raw: bool) -> list[str]:
+        """The flags that are on and move pixels; ready images are mixed at most."""
+        config = self.config
+        spatial = {
+            "--flip": config.flip > 0, "--flip-vertical": config.flip_vertical > 0, "--crop": any(self.pad),
+            "--auto-augment": self.policy is not None,
+        }  # fmt: skip
+        mixing = {"--mixup": config.mixup > 0, "--cutmix": config.cutmix > 0}
+        return [flag for flag, on in ((spatial if raw else {}) | mixing).items() if on]
 
     def _vary(self, images: Tensor) -> Tensor:
         """uint8 -> float in [0, 1]."""
-        config = self.config
+        config, shape = self.config, images.shape
+        images = images.flatten(1, -3)  # (B, T·C, H, W): what moves a clip moves all its frames alike
         images = pad_and_crop(images, self.pad[0], self.pad[1], config.pad_mode) if any(self.pad) else images
         images = flip(images, config.flip, -1) if config.flip else images
         images = flip(images, config.flip_vertical, -2) if config.flip_vertical else images
-        images = images.float() / 255
-        images = jitter(images, config.color_jitter) if config.color_jitter else images
-        if self.policy:
-            drawn = self.policy(len(images), images.shape[-2], images.shape[-1])
-            images = apply_operations(images, drawn, torch.tensor(self.preprocess.mean))
-        return erase(images, config.erase) if config.erase else images
+        images = self._recolour(images.float() / 255, shape)
+        return (erase(images, config.erase) if config.erase else images).reshape(shape)
 
-    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _recolour(self, images: Tensor, shape: torch.Size) -> Tensor:
+        """Jitter and policy on (B·T, C, H, W), drawn for the B clips and repeated for their T frames."""
+        frames = shape[1] if len(shape) == 5 else 1
+        flat = images.reshape(-1, *shape[-3:])
+        flat = jitter(flat, self.config.color_jitter, frames) if self.config.color_jitter else flat
+        if self.policy:
+            drawn = self.policy(shape[0], shape[-2], shape[-1])
+            drawn = Drawn(*(part.repeat_interleave(frames, 0) for part in drawn))
+            flat = apply_operations(flat, drawn, torch.tensor(self.preprocess.mean))
+        return flat.reshape(images.shape)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """(B, K) shares of classes."""
+        label, count = batch["label"], self.num_classes
+        if label.is_floating_point():
+            if label.shape[-1] != count:
+                raise ValueError(f"labels to be mixed are shares of {count} classes; got shape {tuple(label.shape)}")
+            return label
+        on_cpu = label.device.type == "cpu"  # reading from an accelerator waits for it
+        if on_cpu and not bool(((label >= 0) & (label < count)).all()):
+            low, high = int(label.min()), int(label.max())
+            raise ValueError(f"labels to be mixed must lie in 0 … {count - 1}; got {low} … {high}: mend the labels")
+        return F.one_hot(label.long(), count).to(torch.float32)
+
+    def _mix(self, images: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        soft = labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).to(images)
         cut = bool(config.cutmix) and (not config.mixup or torch.rand(()).item() < 0.5)
         alpha = config.cutmix if cut else config.mixup
         share = float(torch.distributions.Beta(alpha, alpha).sample())
@@ -172,12 +214,15 @@ def flip(images: Tensor, chance: float, dim: int) -> Tensor:
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(dim), images)
 
 
-def jitter(images: Tensor, strength: float) -> Tensor:
-    """Brightness, contrast and saturation of each image by up to ±`strength`, in an order drawn for the batch."""
+def jitter(images: Tensor, strength: float, frames: int = 1) -> Tensor:
+    """Brightness, contrast and saturation of each image by up to ±`strength`, in an order drawn for the batch.
+
+    Every `frames` images that follow each other get the same.
+    """
     steps = (brightness, contrast, colour)
     for number in torch.randperm(len(steps)).tolist():
-        level = (torch.rand(len(images)) * 2 - 1) * strength
-        images = steps[number](images, level.to(images))
+        level = (torch.rand(len(images) // frames) * 2 - 1) * strength
+        images = steps[number](images, level.repeat_interleave(frames).to(images))
     return images
 
 

@@ -62,14 +62,6 @@ def _cell(row: dict[str, str]) -> CellBox:
     return CellBox(row["file"], row["split"], CLASSES.index(row["class"]), (x0, y0, x1, y1))
 
 
-def bloodcells_photo(index: int) -> Path:
-    """The file of photograph `index`, 0 … 363."""
-    photos = sorted((FOLDER / "photos").iterdir())
-    if not -len(photos) <= index < len(photos):
-        raise ValueError(f"bloodcells has photographs 0 to {len(photos) - 1}; got {index}")
-    return photos[index]
-
-
 def bloodcells_boxes(split: str) -> list[Boxes]:
     """The photographs of `train`, `val` or `test` with their boxes: for detection."""
     found = [box for box in cell_boxes() if box.split == split]

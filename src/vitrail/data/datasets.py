@@ -1,7 +1,7 @@
 """`--data` -> training, validation and test images.
 
 A source is a row of `SOURCES`. What a source does not name is set aside from its training images by a stratified draw
-from the seed; `Splits.record` says which images those were.
+from the seed; `Splits.record` says which images those were, and `load_splits` takes that draw again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from vitrail.data.bloodcells import bloodcells
 from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
 from vitrail.images import SUFFIXES, UnequalSizesError, open_image, read_images
-from vitrail.names import nearest
+from vitrail.names import nearest, require
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """what the folders of a data set's parts may be called"""
@@ -66,12 +66,9 @@ class DataConfig:
         getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
         split_name(self.data)
         for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.img_size is not None and self.img_size < 1:
-            raise ValueError(f"img_size must be at least 1, or None; got {self.img_size}")
-        if not 0 < self.val_fraction < 0.5:
-            raise ValueError(f"val_fraction must lie between 0 and 0.5; got {self.val_fraction}")
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or None", self.img_size)
+        require(0 < self.val_fraction < 0.5, "val_fraction", "lie between 0 and 0.5", self.val_fraction)
 
 
 def split_name(data: str) -> tuple[str, str]:
@@ -80,16 +77,24 @@ def split_name(data: str) -> tuple[str, str]:
     if source in SOURCES and (source == "folder") == bool(path):
         return source, path
     if Path(data).is_dir():
-        raise DataError(f"data must name a source; got the folder {data}: say folder:{data}")
+        raise DataError(f"--data must name a source; got the folder {data}: say folder:{data}")
     choices = ["folder:PATH" if name == "folder" else name for name in SOURCES]
     near = nearest(data, choices, 1)[0]
-    raise DataError(f"data must be one of {', '.join(choices)}; got {data!r}: did you mean {near}?")
+    raise DataError(f"--data must be one of {', '.join(choices)}; got {data!r}: did you mean {near}?")
 
 
-def load_splits(config: DataConfig) -> Splits:
-    """The images that `config.data` names. Raises `DataError`, and `ImageError` for small ones that cannot be read."""
+Ids = Mapping[str, Sequence[str]]
+"""the images of parts that were drawn, by part: `Splits.record()["drawn"]`"""
+
+
+def load_splits(config: DataConfig, drawn: Ids | None = None) -> Splits:
+    """The images that `config.data` names. Parts that it does not name are drawn, or are those of `drawn` again.
+
+    Raises `DataError`, also where an image of the former draw is gone, naming it; `ImageError` for small images that
+    cannot be read.
+    """
     source, path = split_name(config.data)
-    return SOURCES[source](config, path)
+    return _complete(SOURCES[source](config, path), config, drawn)
 
 
 def describe(splits: Splits) -> str:
@@ -98,11 +103,14 @@ def describe(splits: Splits) -> str:
     return f"{WHAT.get(splits.name, 'images')}: {', '.join(splits.classes[:NAMED])}{more}"
 
 
-def _bloodcells(config: DataConfig, path: str) -> Splits:
-    return _complete(bloodcells(config.img_size), config)
+Parts = Mapping[str, ImageSet]
 
 
-def _cifar(config: DataConfig, path: str) -> Splits:
+def _bloodcells(config: DataConfig, path: str) -> Parts:
+    return bloodcells(config.img_size)
+
+
+def _cifar(config: DataConfig, path: str) -> Parts:
     """torchvision's files, or an image folder with train/ and test/, in data_dir or in a folder of the set's name."""
     number = int(config.data.removeprefix("cifar"))
     for root in (Path(config.data_dir) / config.data, Path(config.data_dir)):
@@ -111,8 +119,8 @@ def _cifar(config: DataConfig, path: str) -> Splits:
             sets = _read_parts(root, {"train": found["train"], "test": found["test"]}, config)
             if len(sets["train"].classes) != number:
                 raise DataError(f"{config.data} has {number} classes; {root} has {len(sets['train'].classes)}")
-            return _complete(sets, config)
-    return _complete({part: _cifar_files(config, part) for part in ("train", "test")}, config)
+            return sets
+    return {part: _cifar_files(config, part) for part in ("train", "test")}
 
 
 def _cifar_files(config: DataConfig, part: str) -> TensorSet:
@@ -133,25 +141,25 @@ def _cifar_files(config: DataConfig, part: str) -> TensorSet:
     return TensorSet(images, torch.tensor(found.targets), found.classes, ids)
 
 
-def _imagenet(config: DataConfig, path: str) -> Splits:
+def _imagenet(config: DataConfig, path: str) -> Parts:
     """train/ and val/ in data_dir or data_dir/imagenet. Its test/ has no labels, so `val` is reported."""
     for root in (Path(config.data_dir) / "imagenet", Path(config.data_dir)):
         found = part_folders(root)
         if {"train", "val"} <= set(found):
-            return _complete(_read_parts(root, {"train": found["train"], "val": found["val"]}, config), config)
+            return _read_parts(root, {"train": found["train"], "val": found["val"]}, config)
     raise DataError(f"imagenet needs train/ and val/ with a folder a class in {config.data_dir}: give --data-dir")
 
 
-def _folder(config: DataConfig, path: str) -> Splits:
+def _folder(config: DataConfig, path: str) -> Parts:
     root = _existing(Path(path).expanduser())
     found = part_folders(root)
     if found and "train" not in found:
         others = ", ".join(folder.name for folder in found.values())
         raise DataError(f"{root} has {others} but no train: add it, or name a folder below")
-    return _complete(_read_parts(root, found or {"train": root}, config), config)
+    return _read_parts(root, found or {"train": root}, config)
 
 
-SOURCES: dict[str, Callable[[DataConfig, str], Splits]] = {
+SOURCES: dict[str, Callable[[DataConfig, str], Parts]] = {
     "bloodcells": _bloodcells,
     "cifar10": _cifar,
     "cifar100": _cifar,
@@ -160,21 +168,43 @@ SOURCES: dict[str, Callable[[DataConfig, str], Splits]] = {
 }
 
 
-def _complete(sets: Mapping[str, ImageSet], config: DataConfig) -> Splits:
+def _complete(sets: Parts, config: DataConfig, former: Ids | None) -> Splits:
     """Draws what is missing. A data set with `val` and without `test` keeps all its images: `test` is `val`."""
     parts = dict(sets)
     drawn = tuple(name for name in ("val", "test") if name not in parts) if "val" not in parts else ()
+    if former is not None and set(former) != set(drawn):
+        was, now = (", ".join(names) or "none" for names in (former, drawn))
+        raise DataError(f"{config.data} had these parts drawn from it: {was}; now that would be: {now}: train anew")
     if drawn:
-        rest, *rows = draw_stratified(parts["train"].labels, config.val_fraction, len(drawn), config.seed)
-        if not len(rows[0]):
-            raise DataError(f"{config.data} has too few images of every class to set any aside: at least 3 are needed")
         whole = parts["train"]
+        rest, *rows = _draw(whole, len(drawn), config) if former is None else _draw_again(whole, drawn, former, config)
         parts |= {name: whole.subset(chosen) for name, chosen in zip(drawn, rows, strict=True)}
         parts["train"] = whole.subset(rest)
     return Splits(
         name=config.data, train=parts["train"], val=parts["val"], test=parts.get("test", parts["val"]),
         drawn=drawn, seed=config.seed, val_fraction=config.val_fraction,
     )  # fmt: skip
+
+
+def _draw(whole: ImageSet, parts: int, config: DataConfig) -> list[Tensor]:
+    rows = draw_stratified(whole.labels, whole.ids, config.val_fraction, parts, config.seed)
+    if not len(rows[1]):
+        raise DataError(f"{config.data} has too few images of every class to set any aside: at least 3 are needed")
+    return rows
+
+
+def _draw_again(whole: ImageSet, names: Sequence[str], former: Ids, config: DataConfig) -> list[Tensor]:
+    """The rows of the images of a former draw, all others before them."""
+    place = {identity: row for row, identity in enumerate(whole.ids)}
+    gone = [identity for name in names for identity in former[name] if identity not in place]
+    if gone:
+        raise DataError(
+            f"{config.data} lacks {len(gone)} of the images that were set aside from it: {', '.join(gone[:5])}"
+            f"{' …' if len(gone) > 5 else ''}: put them back, or train anew"
+        )
+    rows = [sorted(place[identity] for identity in former[name]) for name in names]
+    rest = sorted(set(place.values()).difference(*rows))
+    return [torch.tensor(part, dtype=torch.long) for part in (rest, *rows)]
 
 
 def _read_parts(root: Path, folders: Mapping[str, Path], config: DataConfig) -> dict[str, ImageSet]:

@@ -5,12 +5,13 @@ Legend: `N` images, `B` a batch of them, `C`, `H`, `W` channels, height and widt
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +24,33 @@ DECODED_SIZE = 224
 DECODED_CROP = 0.875
 
 
-class Sample(TypedDict):
-    """One labelled image."""
+STACKED = ("image", "label", "mask", "pad_mask")
+LISTED = ("boxes", "classes", "text", "meta", "id")
+NESTED = ("target", "side")
+"""keys of a sample by what `collate` makes of them: one tensor, a list, a dict of tensors"""
 
-    image: Tensor
-    """uint8 (C, H, W)"""
-    label: int
+
+class Sample(TypedDict, total=False):
+    """One image and what is known of it: a `Batch` without its axis. Every key but `image` may be missing."""
+
+    image: Required[Tensor]
+    """uint8 (C, H, W), or frames (T, C, H, W)"""
+    label: int | Tensor
+    """class index, or float (K,)"""
+    boxes: Tensor
+    """(n, 4): x0, y0, x1, y1 in pixels of `image`"""
+    classes: Tensor
+    """(n,), parallel to `boxes`"""
+    mask: Tensor
+    """(H, W) class index of every pixel"""
+    pad_mask: Tensor
+    """(H, W), true where a pixel is padding"""
+    text: str
+    target: dict[str, Tensor]
+    side: dict[str, Tensor]
+    views: list[Tensor]
+    """each (C, H_v, W_v)"""
+    meta: dict[str, Any]
     id: str
 
 
@@ -73,12 +95,37 @@ class ImageSet(Dataset[Sample], ABC):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one size -> a batch: image (B, C, H, W), label (B,), id."""
-    return Batch(
-        image=torch.stack([sample["image"] for sample in samples]),
-        label=torch.tensor([sample["label"] for sample in samples]),
-        id=[sample["id"] for sample in samples],
-    )
+    """Samples with the same keys and sizes -> a batch.
+
+    Tensors and labels are stacked, those of `target`, `side` and `views` one by one; boxes, classes, texts, meta and
+    ids become lists. Raises `ValueError` where keys or sizes differ, naming the key and the sample.
+    """
+    rows = cast(Sequence[dict[str, Any]], samples)
+    for number, row in enumerate(rows):
+        if odd := sorted(set(row) ^ set(rows[0])):
+            name = row.get("id", f"sample {number}")
+            raise ValueError(f"samples of a batch must have the same keys; {name} and the first differ in {odd[0]}")
+    batch = {key: _joined(key, [row[key] for row in rows]) for key in rows[0]}
+    return cast(Batch, batch)
+
+
+def _joined(key: str, values: list[Any]) -> Any:
+    if key in LISTED:
+        return values
+    if key in STACKED:
+        return _stacked(key, values)
+    if key in NESTED:
+        return {name: _stacked(f"{key}.{name}", [value[name] for value in values]) for name in values[0]}
+    if key == "views":
+        return [_stacked(key, list(views)) for views in zip(*values, strict=True)]
+    raise ValueError(f"a sample holds {', '.join(sorted(Sample.__annotations__))}; got also {key!r}")
+
+
+def _stacked(key: str, values: list[Any]) -> Tensor:
+    tensors = [torch.as_tensor(value) for value in values]
+    if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
+        raise ValueError(f"{key} must have one shape in a batch; got {sorted(shapes)}: give a transform to one size")
+    return torch.stack(tensors)
 
 
 class TensorSet(ImageSet):
@@ -155,6 +202,12 @@ class Splits:
             "drawn": {part: list(parts[part].ids) for part in self.drawn},
         }
 
+    def digests(self) -> dict[str, str]:
+        """sha256 of the sorted ids of every part that was drawn: tells whether a draw is the same again."""
+        return {
+            part: hashlib.sha256("\n".join(sorted(getattr(self, part).ids)).encode()).hexdigest() for part in self.drawn
+        }
+
     def preprocess(self, img_size: int | None = None) -> Preprocess:
         """How a model trained on these images from nothing should take them.
 
@@ -168,17 +221,22 @@ class Splits:
         )  # fmt: skip
 
 
-def draw_stratified(labels: Tensor, fraction: float, parts: int, seed: int) -> list[Tensor]:
-    """Row numbers (n,), sorted: the rest first, then `parts` parts with `fraction` of every class each.
+def draw_stratified(labels: Tensor, ids: Sequence[str], fraction: float, parts: int, seed: int) -> list[Tensor]:
+    """Row numbers (n,), sorted: the rest first, then one or two parts with `fraction` of every class each.
 
-    A pure function of its arguments. Each part gets at least one image of a class that has more than `parts` of them.
+    A pure function of its arguments. The images of a class stand in the order of a hash of seed and id: the first part
+    is taken from the front, the second from the back. So an image that is added moves at most one other into or out of
+    a part, and none from part to part. Each gets at least one image of a class that has more than `parts` of them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen: list[list[Tensor]] = [[] for _ in range(parts + 1)]
+    chosen: list[list[int]] = [[] for _ in range(parts + 1)]
     for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
-        members = members[torch.randperm(len(members), generator=generator)]
+        members = sorted((labels == label).nonzero().flatten().tolist(), key=lambda row: _rank(seed, ids[row]))
         each = min(max(1, round(fraction * len(members))), (len(members) - 1) // parts)
-        for place, rows in zip(chosen, members.split([len(members) - parts * each] + parts * [each]), strict=True):
-            place.append(rows)
-    return [torch.cat(rows).sort().values for rows in chosen]
+        back = len(members) - each * (parts - 1)
+        for place, rows in zip(chosen, (members[each:back], members[:each], members[back:]), strict=False):
+            place += rows
+    return [torch.tensor(sorted(rows), dtype=torch.long) for rows in chosen]
+
+
+def _rank(seed: int, identity: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {identity}".encode(), digest_size=16).digest()

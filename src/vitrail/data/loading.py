@@ -7,6 +7,7 @@ batches come with 0, 1 or 4 workers, after a resume, and on every machine.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitrail.data.augment import AugmentConfig
+from vitrail.data.augment import TIED, AugmentConfig
 from vitrail.data.datasets import DataConfig, load_splits
 from vitrail.data.imagesets import ImageSet, Sample, collate
 from vitrail.data.transforms import Transform, eval_transform, train_transform
@@ -37,6 +38,8 @@ def draw_seed(*numbers: int) -> int:
 
 class OrderedBatches(Sampler[list[Pick]]):
     """Batches of image numbers: a pure function of (seed, epoch), from any batch on.
+
+    A shuffled epoch that was drawn to its end is followed by the next; `set_epoch` says which to take instead.
 
     With `shuffle` every epoch has its own order. Over `world` processes no image is drawn twice; without `shuffle`
     each is drawn exactly once; with it the epoch is cut to a multiple of `world` (other images every epoch), so that
@@ -60,11 +63,11 @@ class OrderedBatches(Sampler[list[Pick]]):
             raise ValueError(f"rank must lie in 0 … world - 1, both or neither given; got rank {rank} of world {world}")
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         self.rank, self.world = rank, world
-        self.epoch, self.start = 0, 0
+        self.epoch, self.start, self._told = 0, 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The order of `epoch` from its batch `start` on; `len()` stays that of the whole epoch."""
-        self.epoch, self.start = epoch, start
+        self.epoch, self.start, self._told = epoch, start, self._told + 1
 
     def _place(self) -> tuple[int, int]:
         if self.rank is not None and self.world is not None:
@@ -88,12 +91,14 @@ class OrderedBatches(Sampler[list[Pick]]):
         return -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        order, epoch = self.order(), self.epoch
+        order, epoch, told = self.order(), self.epoch, self._told
         even = not self.shuffle and self._place()[1] > 1  # no process may run out of batches before the others
         parts = order.tensor_split(len(self)) if even else order.split(self.batch_size)
         for part in parts[self.start :]:
             if len(part):
                 yield [Pick(epoch, row) for row in part.tolist()]
+        if self.shuffle and told == self._told:
+            self.epoch, self.start = epoch + 1, 0
 
 
 class Drawing(Dataset[Batch]):
@@ -116,19 +121,36 @@ class Drawing(Dataset[Batch]):
         if self.images.size is None or (transform is not None and transform.random):
             return collate([self._single(pick, cast(Transform, transform)) for pick in picks])
         batch = self.images.gather([pick.row for pick in picks])
-        return batch if transform is None else Batch(**{**batch, "image": transform(batch["image"])})
+        return batch if transform is None else Batch(**{**batch, "image": _moved(transform, batch)})
 
     def _single(self, pick: Pick, transform: Transform) -> Sample:
         sample = self.images[pick.row]
         if not transform.random:
-            return Sample(**{**sample, "image": transform(sample["image"])})
+            return Sample(**{**sample, "image": _moved(transform, sample)})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))
-            return Sample(**{**sample, "image": transform(sample["image"])})
+            return Sample(**{**sample, "image": _moved(transform, sample)})
+
+
+def _moved(transform: Transform, item: Sample | Batch) -> Tensor:
+    """The transformed image. Raises `ValueError` where it was cut or resized and has boxes or masks, which were not."""
+    image = transform(item["image"])
+    tied = [key for key in TIED if key in item]
+    if tied and image is not item["image"]:
+        raise ValueError(
+            f"{type(transform).__name__} would cut or resize images but not their {tied[0]}: "
+            "give images of the model's size, and crop none"
+        )
+    return image
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(
@@ -144,16 +166,16 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """A loader of raw batches: image uint8 (B, C, H, W), label (B,) int64, id.
 
-    `train` shuffles; otherwise every image comes once, in order. `loader.batch_sampler` is an `OrderedBatches`:
-    call its `set_epoch` before each epoch. Raises `ValueError` for images of many sizes without a `transform`;
-    `ImageError` while iterating, naming the file.
+    `train` shuffles, every epoch anew; otherwise every image comes once, in order. `loader.batch_sampler` is an
+    `OrderedBatches`, whose `set_epoch` goes to any epoch. Raises `ValueError` for images of many sizes without a
+    `transform`; `ImageError` while iterating, naming the file.
     """
     order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world)
     drawing = Drawing(images, transform, seed)
     own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one
     return DataLoader(
         drawing, batch_sampler=order, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(), generator=own_generator,
+        pin_memory=torch.cuda.is_available(), generator=own_generator, worker_init_fn=_ignore_interrupt,
     )  # fmt: skip
 
 

@@ -51,7 +51,9 @@ def colour(images: Tensor, level: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, level: Tensor) -> Tensor:
-    """Smoothed at -1; the outermost pixels stay."""
+    """Smoothed at -1; the outermost pixels stay, so that images under 3 pixels stay whole."""
+    if min(images.shape[-2:]) < 3:
+        return images
     kernel = images.new_tensor(SMOOTH).div(13).expand(images.shape[1], 1, 3, 3)
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1] = F.conv2d(images, kernel, groups=images.shape[1])

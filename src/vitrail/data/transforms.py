@@ -51,7 +51,8 @@ class Fit:
         if self.preprocess.crop_mode == "squash":
             return resize(pixels, target, self.preprocess.interpolation)
         large = resize(pixels, _covering(pixels, target, self.preprocess.crop_pct), self.preprocess.interpolation)
-        top, left = ((large.shape[dim] - side) // 2 for dim, side in zip((-2, -1), target, strict=True))
+        # the offset is torchvision's: a half is rounded to even
+        top, left = (round((large.shape[dim] - side) / 2) for dim, side in zip((-2, -1), target, strict=True))
         return large[..., top : top + target[0], left : left + target[1]]
 
 

@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vitrail.draw.canvas import INK, SMALL, Drawing
-from vitrail.images import open_image, to_rgb
+from vitrail.images import AnyImage, to_pixels
 from vitrail.names import nearest
 from vitrail.records import Explanation
 
 Pixels = NDArray[np.uint8]
-AnyImage = Image.Image | Tensor | str | Path
 PANEL = 2.2
 """inches"""
 SHARP = 224
@@ -42,17 +39,12 @@ SHARP = 224
 def to_picture(image: AnyImage) -> Pixels:
     """Any image as an (H, W, 3) uint8 array, upright.
 
-    Takes a PIL image, a path, or a (C, H, W) tensor, uint8 or float in [0, 1]. One or two channels are shown as grey
-    (the first), more than three by their first three. Transparency is laid on white, 16-bit grey is scaled linearly.
-    Raises `ValueError` for anything else, naming it.
+    Takes what `vitrail.images.to_pixels` takes, and raises what it raises. One or two channels are shown as grey
+    (the first), more than three by their first three.
     """
-    if isinstance(image, Tensor):
-        return _from_tensor(image)
-    if isinstance(image, str | Path):
-        return np.array(open_image(image))
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"an image is a PIL image, a path or a (C, H, W) tensor; got {type(image).__name__}")
-    return np.array(to_rgb(ImageOps.exif_transpose(image)))
+    pixels = to_pixels(image)
+    pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def overlay(
@@ -83,14 +75,33 @@ def head_grid(image: AnyImage, maps: Tensor, *, columns: int = 4, cmap: str = "i
     """The image, then one panel a head with its number (from 0). `maps` is (heads, h, w)."""
     if maps.ndim != 3 or not len(maps):
         raise ValueError(f"maps must be (heads, h, w) with at least one head; got shape {tuple(maps.shape)}")
-    return _with_image(image, list(maps), [f"head {i}" for i in range(len(maps))], columns, cmap)
+    picture, panels = _panels(image, list(maps), cmap)
+    return sheet([picture, *panels], ["image", *(f"head {i}" for i in range(len(maps)))], columns=columns)
 
 
-def layer_row(image: AnyImage, maps: Sequence[Tensor], titles: Sequence[str], *, cmap: str = "inferno") -> Drawing:
-    """The image and one panel a map, in one row. `maps` are (h, w) each and may differ in size."""
+def layer_row(
+    image: AnyImage,
+    maps: Sequence[Tensor],
+    titles: Sequence[str],
+    *,
+    columns: int | None = None,
+    caption: str = "image",
+    cmap: str = "inferno",
+) -> Drawing:
+    """The image under its `caption` and one panel a map. `maps` are (h, w) each and may differ in size.
+
+    By default that is one row. With `columns` it is rows of so many maps, the image at the head of each.
+    """
     if len(maps) != len(titles) or not maps:
         raise ValueError(f"every map needs one title; got {len(maps)} maps and {len(titles)} titles")
-    return _with_image(image, maps, titles, len(maps) + 1, cmap)
+    columns = len(maps) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
+    picture, panels = _panels(image, maps, cmap)
+    rows = range(0, len(maps), columns)
+    pictures = [one for start in rows for one in (picture, *panels[start : start + columns])]
+    captions = [one for start in rows for one in (caption, *titles[start : start + columns])]
+    return sheet(pictures, captions, columns=columns + 1)
 
 
 def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: int = 4) -> Drawing:
@@ -141,29 +152,6 @@ def patch_picture(image: AnyImage, patch_size: int | tuple[int, int] = 16) -> Dr
     return drawing
 
 
-def _from_tensor(image: Tensor) -> Pixels:
-    if image.ndim != 3 or not image.numel():
-        raise ValueError(f"an image tensor must be (C, H, W); got shape {tuple(image.shape)}")
-    image = image.detach().cpu()
-    if image.dtype != torch.uint8:
-        image = _to_bytes(image)
-    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return image.permute(1, 2, 0).contiguous().numpy()
-
-
-def _to_bytes(image: Tensor) -> Tensor:
-    slack = 0.01  # bicubic resizing overshoots a little
-    if not image.is_floating_point():
-        raise ValueError(f"an image tensor must be uint8 or float; got {image.dtype}")
-    low, high = image.min().item(), image.max().item()
-    if not (-slack <= low and high <= 1 + slack):
-        raise ValueError(
-            f"a float image must lie in [0, 1]; got {low:.3g} … {high:.3g}: if it is normalised, undo it with"
-            " preprocess.denormalise(image)"
-        )
-    return (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def _resized(picture: Pixels, size: tuple[int, int] | None) -> Pixels:
     if size is None or size == picture.shape[:2]:
         return picture
@@ -187,12 +175,13 @@ def _colormap(name: str) -> Colormap:
     return matplotlib.colormaps[name]
 
 
-def _with_image(image: AnyImage, maps: Sequence[Tensor], titles: Sequence[str], columns: int, cmap: str) -> Drawing:
+def _panels(image: AnyImage, maps: Sequence[Tensor], cmap: str) -> tuple[Image.Image, list[Image.Image]]:
+    """The image and each map laid over it, enlarged where the image is small."""
     picture = to_picture(image)
     scale = max(1.0, SHARP / min(picture.shape[:2]))
     size = (round(picture.shape[0] * scale), round(picture.shape[1] * scale))
     panels = [overlay(image, heat, alpha=0.6, cmap=cmap, size=size) for heat in maps]
-    return sheet([Image.fromarray(_resized(picture, size)), *panels], ["image", *titles], columns=columns)
+    return Image.fromarray(_resized(picture, size)), panels
 
 
 def _inches(picture: Pixels, caption: str) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitrail.draw.pictures import AnyImage
+from vitrail.images import AnyImage
 from vitrail.records import Classification, Explanation, History
 
 NEEDED = ("accuracy", "balanced_accuracy", "ece")

@@ -14,6 +14,16 @@ Heads = Literal["mean"] | int | Sequence[int] | None
 Queries = Literal["class"] | Sequence[int] | None
 
 
+def readout_rows(layout: Layout) -> tuple[int, ...]:
+    """The rows that the head reads, () for the mean of the image tokens.
+
+    Where nobody told, as in foreign models, it is row 0 of the prefix, and without a prefix the mean.
+    """
+    if layout.readout is None:
+        return (0,) if layout.prefix else ()
+    return layout.readout
+
+
 @dataclass(frozen=True)
 class Part:
     """What to keep of one map: row and head numbers, None is all."""
@@ -55,24 +65,36 @@ class Choice:
     def layer(self, number: int) -> bool:
         return self.layers is None or number in self.layers
 
-    def part(self, layer: int, layout: Layout | None, windows: int, heads: int, rows: int) -> Part:
-        """For a map of `heads` heads (in each of `windows`) and `rows` queries. Raises `ValueError` beyond them."""
-        numbers = None if isinstance(self.heads, str) else _in_range("heads", self.heads, heads, layer)
-        return Part(layout, windows, numbers, self._rows(layout, rows, layer), self.heads == "mean", heads)
+    def part(self, layer: int, layout: Layout | None, windows: int, heads: int, rows: int) -> Part | None:
+        """For a map of `heads` heads (in each of `windows`) and `rows` queries. Raises `ValueError` beyond them.
 
-    def _rows(self, layout: Layout | None, count: int, layer: int) -> tuple[int, ...] | None:
+        None, for nothing, where the class rows are wanted, are not known, and the layer was not named.
+        """
+        numbers = None if isinstance(self.heads, str) else _in_range("heads", self.heads, heads, layer)
         if not isinstance(self.queries, str):
-            return _in_range("queries", self.queries, count, layer)
-        if layout is None or layout.prefix == 0:
-            raise ValueError(
-                f"queries='class' needs a class token in row 0, and layer {layer} has none that is known: give row "
-                "numbers or None, or, for a foreign model, grid=(h, w) and prefix="
-            )
-        return (0,)
+            kept = _in_range("queries", self.queries, rows, layer)
+        elif layout is not None:
+            kept = readout_rows(layout) or _image_rows(layout, rows)
+        elif self.layers is None:
+            return None
+        else:
+            raise ValueError(no_class_rows(f"layer {layer} has"))
+        return Part(layout, windows, numbers, kept, self.heads == "mean", heads)
+
+
+def _image_rows(layout: Layout, count: int) -> tuple[int, ...] | None:
+    return tuple(range(layout.prefix, count)) if layout.prefix else None
+
+
+def no_class_rows(who: str) -> str:
+    return (
+        f"queries='class' needs to know what each row stands for, and {who} no layout: give row numbers or None, or, "
+        "for a foreign model, grid=(h, w) and prefix=; windows and reduced keys of foreign models cannot be placed"
+    )
 
 
 def _in_range(what: str, wanted: tuple[int, ...] | None, count: int, layer: int) -> tuple[int, ...] | None:
     wrong = [n for n in wanted or () if not 0 <= n < count]
     if wrong:
-        raise ValueError(f"{what} must lie in 0 … {count - 1} at layer {layer}; got {wrong}")
+        raise ValueError(f"{what} must lie in 0 … {count - 1} at layer {layer}, which has {count} {what}; got {wrong}")
     return wanted

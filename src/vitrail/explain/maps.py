@@ -3,37 +3,37 @@
     fuse_heads      (B, H, Q, K) -> (B, 1, Q, K)
     attention_map   one layer, one query -> (B, h, w), laid on the image through the layer's `Layout`
     rollout         all layers -> (B, Q, K): what each token is made of, if attention were all there is
-    explain         model and image -> `Explanation`, by the name of a method
+    explain_layers  model and image -> `Explained`, by the name of a method in `METHODS`; `explain` is the last of it
+
+Maps and rollout take what multiplied the values: where heads are mixed or masked after the softmax, the effective map.
 
 Legend: `B` batch, `W` windows, `H` heads, `Q` queries, `K` keys, `N` tokens, `P` prefix rows, `h`, `w` token grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.explain.choice import Heads
+from vitrail.explain.choice import Heads, readout_rows
+from vitrail.explain.places import Query, chosen_rows, known_layout, on_image
 from vitrail.explain.record import AttentionMap, record_attention
-from vitrail.layers.attention import Layout
-from vitrail.names import nearest
+from vitrail.layers.modes import evaluating
+from vitrail.names import check_choice, nearest
 from vitrail.records import Explanation
 
 FusionName = Literal["mean", "max", "min"]
 Fusion = FusionName | int | Sequence[int]
-Query = Literal["class", "mean"] | int | tuple[int, int]
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda maps: maps.mean(1, keepdim=True),
     "max": lambda maps: maps.amax(1, keepdim=True),
     "min": lambda maps: maps.amin(1, keepdim=True),
 }
-CLASS, PREFIX, PADDING = -3, -2, -1  # what an attention row stands for, where it is no cell
 
 
 def fuse_heads(weights: Tensor, heads: Fusion = "mean") -> Tensor:
@@ -45,27 +45,24 @@ def fuse_heads(weights: Tensor, heads: Fusion = "mean") -> Tensor:
         if heads not in FUSIONS:
             raise ValueError(f"heads must be mean, max, min or head numbers from 0; got {heads!r}")
         return FUSIONS[heads](weights)
-    numbers = [heads] if isinstance(heads, int) else list(heads)
-    wrong = [n for n in numbers if not 0 <= n < weights.shape[1]]
+    numbers, count = [heads] if isinstance(heads, int) else list(heads), weights.shape[1]
+    wrong = [n for n in numbers if not 0 <= n < count]
     if wrong or not numbers:
-        raise ValueError(f"heads must lie in 0 … {weights.shape[1] - 1}; got {wrong or numbers}")
+        raise ValueError(f"heads must lie in 0 … {count - 1}, there are {count} heads; got {wrong or numbers}")
     return weights[:, numbers]
 
 
 def attention_map(seen: AttentionMap, heads: Fusion = "mean", query: Query = "class") -> Tensor:
-    """What one query looks at in one layer: (B, h, w) on the image grid; cells that it does not see are 0.
+    """What one query looks at in one layer: (B, h, w) on the grid of the keys; cells that it does not see are 0.
 
-    `query` is the class token (prefix row 0), an image cell by number or (row, column), or "mean" over all rows
-    recorded. Several heads by a list are averaged. Raises `ValueError` where the layout is unknown, or where the query
-    or a head was not recorded.
+    `query` is "class" for what the head reads (the class token, two such tokens, or the mean of the image tokens), an
+    image cell by number or (row, column), or "mean" over all rows recorded. Several heads by a list are averaged.
+    Raises `ValueError` where the layout is unknown, or where the query or a head was not recorded.
     """
-    layout, batch = _layout(seen), seen.weights.shape[0]
+    chosen = chosen_rows(seen, query)  # (B, W, Q)
     maps = _by_window(seen, heads)  # (B, W, Q, K)
-    chosen = _chosen(seen, layout, query)  # (B, W, Q)
     rows = torch.where(chosen[..., None], maps, 0).sum(2)  # (B, W, K)
-    rows = rows / chosen.sum((1, 2))[:, None, None]
-    cells = _meaning(layout, layout.key_index, batch, rows.device)
-    return _scatter(rows, _complete(cells, maps.shape[-1], "columns", seen), layout.grid)
+    return on_image(rows / chosen.sum((1, 2))[:, None, None], seen)
 
 
 def rollout(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: float = 0.0) -> Tensor:
@@ -73,7 +70,8 @@ def rollout(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: 
 
     The product over layers, the last one leftmost, of 0.5 A + 0.5 I with rows renormalised, where A is the attention
     with its heads fused. `discard` in [0, 1) first sets that fraction of each query's weights to zero, the smallest,
-    but never the class token's. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
+    but never those on a class token that the head reads. Weights below 0, which mixed heads may have, are no flow and
+    count as 0. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
 
     Raises `ValueError` for maps whose product means nothing: windowed, with reduced keys, in part, or not consecutive.
     """
@@ -86,18 +84,50 @@ def rollout(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: 
 
 
 def rollout_map(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: float = 0.0) -> Tensor:
-    """Rollout from the class token to the image, (B, h, w); without a class token, from the mean of all tokens.
+    """Rollout from what the head reads to the image, (B, h, w): the class token, or the mean of the image tokens.
 
     Where the last map is attention pooling, whose query is none of the tokens, it tells how to weigh the tokens.
     """
     pooling = maps[-1] if len(maps) > 1 and maps[-1].weights.shape[-2] != maps[0].weights.shape[-2] else None
-    whole = rollout(maps[:-1] if pooling else maps, fusion, discard)  # (B, Q, K)
-    layout = _layout(maps[0])
-    if pooling:
-        whole = _pooled(pooling, fusion, whole.shape[-1]) @ whole
-    rows = whole[:, :1] if layout.prefix else whole
-    cells = _meaning(layout, layout.key_index, whole.shape[0], whole.device)
-    return _scatter(rows.mean(1, keepdim=True), _complete(cells, whole.shape[-1], "columns", maps[0]), layout.grid)
+    body = maps[:-1] if pooling else maps
+    whole = rollout(body, fusion, discard)  # (B, Q, K)
+    read = _pooled(pooling, fusion, whole.shape[-1]) if pooling else _read(body[-1], whole.dtype)
+    return on_image(read @ whole, body[0])
+
+
+class Explained(NamedTuple):
+    """What a method found, and what the model answered meanwhile."""
+
+    maps: list[Explanation]
+    output: Tensor
+    """as the model gives it, (1, K) logits of a classifier"""
+
+
+def explain_layers(
+    model: nn.Module,
+    image: Tensor,
+    method: str = "rollout",
+    *,
+    layers: Sequence[int] | None = None,
+    heads: FusionName | Literal["all"] | int = "mean",
+    discard: float = 0.0,
+) -> Explained:
+    """Explains one prepared image, (C, H, W) or (1, C, H, W) float, by one of `METHODS`. The model runs in eval mode.
+
+    Args:
+        layers: counted from 1, in the order in which maps are wanted. "attention" shows each, by default all that can
+            be laid on the image; "rollout" ends at each, by default at the last only.
+        heads: how heads are fused, or, for "attention", the number of one head from 0, or "all" for a map of each.
+        discard: the fraction of the smallest weights that "rollout" leaves out.
+
+    Raises `ValueError` for an unknown method (naming the nearest), layer or head, and for an image of another kind.
+    """
+    check_choice("method", method, METHODS)
+    if layers is not None and min(layers, default=0) < 1:
+        raise ValueError(f"layers must be numbers from 1, or None for all; got {list(layers)}")
+    batch = _one_image(image)
+    with evaluating(model):
+        return METHODS[method](model, batch, Request(None if layers is None else tuple(layers), heads, discard))
 
 
 def explain(
@@ -109,42 +139,29 @@ def explain(
     heads: FusionName | int = "mean",
     discard: float = 0.0,
 ) -> Explanation:
-    """Explains one prepared image, (C, H, W) or (1, C, H, W) float, by one of `METHODS`. The model runs in eval mode.
+    """The last map of `explain_layers`: "attention" in `layer`, or rollout that ends there.
 
-    Args:
-        layer: "attention" shows this layer, counted from 1, by default the last; "rollout" ends at it.
-        heads: how heads are fused, or, for "attention", the number of one head from 0.
-        discard: the fraction of the smallest weights that "rollout" leaves out.
-
-    Raises `ValueError` for an unknown method (naming the nearest), layer or head, and for an image of another kind.
+    By default that is the last layer (for "attention", the last that can be laid on the image). Raises what
+    `explain_layers` raises.
     """
-    if method not in METHODS:
-        close = nearest(method, METHODS, 1)[0]
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}: did you mean {close}?")
-    batch = _one_image(image)
-    with _evaluating(model), torch.no_grad():
-        heat, layer = METHODS[method](model, batch, layer, heads, discard)
-    return Explanation(method=method, heat=heat[0], layer=layer, heads=str(heads))
+    layers = None if layer is None else (layer,)
+    return explain_layers(model, image, method, layers=layers, heads=heads, discard=discard).maps[-1]
 
 
-# ---- laying a map on the image
+def attention_depth(model: nn.Module, image: Tensor) -> int:
+    """How many attention layers run for one prepared image. Keeps next to nothing of them."""
+    with evaluating(model), record_attention([1], heads=[0], queries=[0]) as record:
+        model(_one_image(image))
+    return record.depth
 
 
-def _layout(seen: AttentionMap) -> Layout:
-    if seen.layout is None:
-        queries, keys = seen.weights.shape[-2:]
-        raise ValueError(
-            f"layer {seen.layer} ({queries} queries, {keys} keys) is not known to be a prefix and one image grid, so "
-            "it cannot be laid on the image: give record_attention(grid=(h, w), prefix=...) if it is; windows and "
-            "reduced keys of foreign models cannot be placed"
-        )
-    return seen.layout
+# ---- one layer
 
 
 def _by_window(seen: AttentionMap, heads: Fusion) -> Tensor:
     """(B, W, Q, K) with heads fused."""
-    windows = _layout(seen).windows
-    maps = seen.weights.reshape(-1, seen.weights.shape[1] // windows, *seen.weights.shape[2:])  # (B·W, H, Q, K)
+    windows, maps = known_layout(seen).windows, seen.acting
+    maps = maps.reshape(-1, maps.shape[1] // windows, *maps.shape[2:])  # (B·W, H, Q, K)
     maps = fuse_heads(maps, _among_recorded(seen, heads)).mean(1)
     return maps.reshape(-1, windows, *maps.shape[1:])
 
@@ -162,81 +179,40 @@ def _among_recorded(seen: AttentionMap, heads: Fusion) -> Fusion:
     return [seen.heads.index(n) for n in numbers]
 
 
-def _meaning(layout: Layout, index: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """(B, W, P + N) what each row or column stands for: a cell's number, or `CLASS`, `PREFIX`, `PADDING`."""
-    height, width = layout.grid
-    if index is None:
-        index = torch.arange(height * width)
-    elif index.ndim == 2:
-        index = index[:, None] if layout.windows == 1 else index[None]
-    special = torch.tensor([CLASS] + [PREFIX] * layout.prefix)[: layout.prefix].to(device)
-    image = index.to(device).long().expand(batch, layout.windows, -1)
-    return torch.cat([special.expand(batch, layout.windows, -1), image], dim=-1)
-
-
-def _complete(meaning: Tensor, count: int, what: str, seen: AttentionMap) -> Tensor:
-    if meaning.shape[-1] != count:
-        raise ValueError(
-            f"the layout of layer {seen.layer} describes {meaning.shape[-1]} {what}, its map has {count}: "
-            "whoever called attend gave the wrong Layout, or record_attention the wrong grid and prefix"
-        )
-    return meaning
-
-
-def _chosen(seen: AttentionMap, layout: Layout, query: Query) -> Tensor:
-    """(B, W, Q) true for the recorded rows that stand for `query`, at least one for each image."""
-    rows = _meaning(layout, layout.query_index, seen.weights.shape[0], seen.weights.device)
-    rows = _complete(rows, seen.weights.shape[-2], "rows", seen) if seen.queries is None else rows[..., seen.queries]
-    wanted = CLASS if query == "class" else None if query == "mean" else _cell(query, layout.grid)
-    chosen = rows != PADDING if wanted is None else rows == wanted
-    if not chosen.any(2).any(1).all():
-        raise ValueError(
-            f"layer {seen.layer} has no row for query {query!r} (prefix rows {layout.prefix}, recorded rows "
-            f"{'all' if seen.queries is None else list(seen.queries)}): choose another query, or record all of them"
-        )
-    return chosen
-
-
-def _cell(query: Query, grid: tuple[int, int]) -> int:
-    height, width = grid
-    if isinstance(query, str):
-        raise ValueError(f"query must be class, mean, a cell's number or (row, column); got {query!r}")
-    row, column = divmod(query, width) if isinstance(query, int) else query
-    if not (0 <= row < height and 0 <= column < width):
-        raise ValueError(f"query must be a cell of the {height} x {width} grid, counted from 0; got {query}")
-    return row * width + column
-
-
-def _scatter(rows: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """rows (B, W, K) summed into the `cells` (B, W, K) they stand for -> (B, h, w); no cell, no weight."""
-    count = grid[0] * grid[1]
-    places = torch.where(cells < 0, count, cells).flatten(1)
-    heat = rows.new_zeros(rows.shape[0], count + 1).scatter_add_(1, places, rows.flatten(1))
-    return heat[:, :count].reshape(-1, *grid)
-
-
 # ---- rollout
 
 
 def _step(seen: AttentionMap, fusion: FusionName, discard: float) -> Tensor:
     """(B, N, N): attention and the residual branch in equal parts, rows summing to 1."""
-    weights = fuse_heads(seen.weights, fusion)[:, 0]
-    has_class = int(seen.layout is not None and seen.layout.prefix > 0)
-    weights = torch.cat([weights[..., :has_class], _without_smallest(weights[..., has_class:], discard)], dim=-1)
+    weights = _flow(seen, fusion)
+    read = readout_rows(seen.layout) if seen.layout else ()
+    weights = _without_smallest(weights, discard, [n for n in range(weights.shape[-1]) if n not in read])
     mixed = 0.5 * weights + 0.5 * torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
     return mixed / mixed.sum(-1, keepdim=True)
 
 
-def _without_smallest(weights: Tensor, fraction: float) -> Tensor:
-    """(…, K) with the smallest floor(fraction · K) of each row set to 0."""
-    smallest = weights.topk(int(fraction * weights.shape[-1]), dim=-1, largest=False).indices
-    return weights.scatter(-1, smallest, 0.0)
+def _flow(seen: AttentionMap, fusion: FusionName) -> Tensor:
+    """(B, Q, K): what acts on the values, heads fused, where it adds to them."""
+    return fuse_heads(seen.acting, fusion)[:, 0].clamp(min=0)
+
+
+def _read(last: AttentionMap, dtype: torch.dtype) -> Tensor:
+    """(B, 1, Q): how the head weighs the tokens that leave the last layer."""
+    rows = chosen_rows(last, "class").to(dtype)
+    return rows / rows.sum(-1, keepdim=True)
+
+
+def _without_smallest(weights: Tensor, fraction: float, columns: list[int]) -> Tensor:
+    """(…, K) with the smallest of each row set to 0, that fraction (rounded down) of `columns`."""
+    among = torch.tensor(columns, device=weights.device)
+    places = weights[..., among].topk(int(fraction * len(columns)), dim=-1, largest=False).indices
+    return weights.scatter(-1, among[places], 0.0)
 
 
 def _pooled(pooling: AttentionMap, fusion: FusionName, tokens: int) -> Tensor:
     """(B, 1, N): how attention pooling weighs all tokens, or only those after the prefix."""
     _check_fusion(pooling, fusion)
-    weights = fuse_heads(pooling.weights, fusion)[:, 0].mean(1, keepdim=True)  # (B, 1, K)
+    weights = _flow(pooling, fusion).mean(1, keepdim=True)  # (B, 1, K)
     missing = tokens - weights.shape[-1]
     if missing < 0:
         raise ValueError(f"layer {pooling.layer} pools {weights.shape[-1]} tokens where only {tokens} came before it")
@@ -297,33 +273,58 @@ def _same_index(one: Tensor | None, other: Tensor | None) -> bool:
 # ---- methods
 
 
-def _explain_rollout(
-    model: nn.Module, batch: Tensor, layer: int | None, heads: FusionName | int, discard: float
-) -> tuple[Tensor, int | None]:
-    if isinstance(heads, int):
-        raise ValueError(f"rollout fuses heads by {', '.join(FUSIONS)}; got heads={heads}: use method='attention'")
-    layers = None if layer is None else range(1, layer + 1)
-    with record_attention(layers, "mean" if heads == "mean" else None) as record:
-        model(batch)
-    return rollout_map(record.maps, heads, discard), layer
+class Request(NamedTuple):
+    """What a method is asked for."""
+
+    layers: tuple[int, ...] | None
+    heads: str | int
+    discard: float
 
 
-def _explain_attention(
-    model: nn.Module, batch: Tensor, layer: int | None, heads: FusionName | int, discard: float
-) -> tuple[Tensor, int | None]:
+def _by_rollout(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
+    if asked.heads not in FUSIONS:
+        raise ValueError(
+            f"rollout fuses heads by mean, max or min; got {asked.heads!r}: single heads are for method attention"
+        )
+    fusion = cast(FusionName, asked.heads)
+    below = None if asked.layers is None else range(1, max(asked.layers, default=0) + 1)
+    with record_attention(below, "mean" if fusion == "mean" else None) as record:
+        output = model(batch)
+    ends = asked.layers or (None,)
+    heats = [rollout_map(record.maps[:end], fusion, asked.discard)[0] for end in ends]
+    maps = [Explanation(method="rollout", heat=h, layer=end, heads=fusion) for h, end in zip(heats, ends, strict=True)]
+    return Explained(maps, output)
+
+
+def _by_attention(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
+    heads, discard = asked.heads, asked.discard
     if discard:
         raise ValueError(f"discard belongs to rollout; got discard={discard} with method='attention'")
-    kept: Heads = [heads] if isinstance(heads, int) else "mean" if heads == "mean" else None
-    with record_attention(None if layer is None else [layer], kept) as record:
-        model(batch)
-    seen = next((m for m in reversed(record.maps) if m.layout), record.maps[-1])
-    return attention_map(seen, heads, "class" if _layout(seen).prefix else "mean"), seen.layer
+    if isinstance(heads, str) and heads not in (*FUSIONS, "all"):
+        raise ValueError(f"heads must be {', '.join(FUSIONS)}, all or head numbers from 0; got {heads!r}")
+    kept: Heads = heads if isinstance(heads, int) else "mean" if heads == "mean" else None
+    with record_attention(asked.layers, kept, "class") as record:
+        output = model(batch)
+    by_layer = {seen.layer: seen for seen in record.maps}
+    chosen = [by_layer[layer] for layer in asked.layers or by_layer]
+    return Explained([found for seen in chosen for found in _of_layer(seen, heads)], output)
 
 
-METHODS: dict[str, Callable[..., tuple[Tensor, int | None]]] = {
-    "rollout": _explain_rollout,
-    "attention": _explain_attention,
+def _of_layer(seen: AttentionMap, heads: str | int) -> list[Explanation]:
+    """One map of a layer, or one a head."""
+    windows = known_layout(seen).windows
+    numbers = range(seen.weights.shape[1] // windows) if heads == "all" else [cast(Fusion, heads)]
+    return [
+        Explanation(method="attention", heat=attention_map(seen, head)[0], layer=seen.layer, heads=str(head))
+        for head in numbers
+    ]
+
+
+METHODS: dict[str, Callable[[nn.Module, Tensor, Request], Explained]] = {
+    "rollout": _by_rollout,
+    "attention": _by_attention,
 }
+"""all there are, for functions, pictures and the command line alike"""
 
 
 def _one_image(image: Tensor) -> Tensor:
@@ -335,15 +336,3 @@ def _one_image(image: Tensor) -> Tensor:
             f"{tuple(image.shape)} {image.dtype}: prepare it with the model's preprocess"
         )
     return image
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every module as it was."""
-    were = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in were:
-            module.training = training

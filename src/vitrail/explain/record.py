@@ -8,6 +8,11 @@ A `TorchFunctionMode` stands between the model and torch for as long as the `wit
 our `attend`, `F.scaled_dot_product_attention`, `F.multi_head_attention_forward`, and a softmax whose result is then the
 left operand of a matmul. What one of them does inside is not seen again, so each attention counts once.
 
+Between a softmax and its matmul it follows copies, reshaping, dropout, products, and the three ways to mix heads named
+at `MIXING`. A product with a tensor (a mask of heads, dropout by hand) is the `effective` map. Two limits: a product
+with a number, or one that broadcasts the map to more than it was, is not told from the softmax; and after any other
+call, such as a sum, a division or a masked fill, the softmax is no longer known and the layer not counted.
+
 The mode is thread-local, sets no hook and leaves nothing behind. Compiled models would show nothing, so while anybody
 records, `torch.compiler.set_stance("force_eager")` holds for the whole process.
 
@@ -30,16 +35,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitrail.explain.calls import CALLS, fold, pick
-from vitrail.explain.choice import Choice, Heads, Part, Queries
+from vitrail.explain.choice import Choice, Heads, Part, Queries, no_class_rows
 from vitrail.layers.attention import Layout
 
 MAX_PREFIX = 8  # class, distillation and register tokens of any published model
 MATMULS = frozenset({"matmul", "__matmul__", "bmm", "einsum"})
 CARRIED = frozenset({
     "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous",
-    "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "view", "reshape", "unflatten", "flatten",
+    "view", "reshape", "unflatten", "flatten",
 })  # fmt: skip
-"""what may stand between a softmax and the matmul"""
+"""what may stand between a softmax and the matmul and keeps it what it is"""
+PRODUCTS = frozenset({"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"})
+"""what may stand there too, and makes something else of it unless it is by a number"""
 MIXING = {
     ("weights", "permute"): "heads last",
     ("heads last", "linear"): "mixing",
@@ -48,7 +55,7 @@ MIXING = {
     ("weights", "mix"): "mixed",
 }
 """talking heads of foreign models: a linear layer over heads, a 1 x 1 convolution, or an einsum that keeps the keys"""
-FOLLOWED = MATMULS | CARRIED | {"softmax", "permute", "linear", "conv2d"}
+FOLLOWED = MATMULS | CARRIED | PRODUCTS | {"softmax", "permute", "linear", "conv2d"}
 
 
 class NoAttentionError(ValueError):
@@ -66,11 +73,19 @@ class AttentionMap:
     layer: int
     """counted from 1, in the order of the forward pass"""
     effective: Tensor | None = None
-    """(B, H, Q, K) what multiplied the values where heads were mixed after the softmax; else None"""
+    """(B, H, Q, K) what multiplied the values where the softmax was mixed or multiplied before that; else None.
+
+    Its rows need not sum to 1, and it may be negative.
+    """
     heads: Literal["mean"] | tuple[int, ...] | None = None
     """which heads `weights` holds: their mean, these, or (None) all"""
     queries: tuple[int, ...] | None = None
     """which rows `weights` holds; None is all"""
+
+    @property
+    def acting(self) -> Tensor:
+        """(B, H, Q, K) what multiplied the values: `effective` where there is one, else `weights`."""
+        return self.weights if self.effective is None else self.effective
 
 
 @dataclass
@@ -98,7 +113,9 @@ def record_attention(
     Args:
         layers: which layers, counted from 1; None is all. A second forward pass would count on.
         heads: head numbers from 0, one number, or "mean"; None keeps all.
-        queries: "class" (row 0, the class token), or row numbers from 0; None keeps all. Only these are computed.
+        queries: "class", row numbers from 0, or None for all. Only these are computed. "class" is what the head reads:
+            the class token's row, those of two such tokens, or, where it reads the mean, all image tokens'. Layers
+            whose rows are not known to stand for anything are left out, unless they are named in `layers`.
         grad: puts the very weights that multiply the values into the graph, for `torch.autograd.grad(y, map.weights)`;
             gradient checkpointing saves nothing meanwhile. Without it the model's output is bit-equal to an unrecorded
             one, save that `nn.MultiheadAttention` leaves its fused inference path (a difference of 1e-7).
@@ -152,14 +169,15 @@ class _Geometry:
         self.seen.append((features.shape[-2], features.shape[-1]))
 
     def layout(self, batch: int, rows: int, keys: int) -> Layout | None:
-        """None unless exactly one prefix and grid fit."""
-        if rows != keys or self.batch not in (None, batch):
+        """None unless exactly one prefix and grid fit. A single row over more keys is the query that the head reads."""
+        if rows not in (1, keys) or self.batch not in (None, batch):
             return None
-        grids = [self.grid] if self.grid else list(reversed(self.seen)) or _squares(rows)
-        fits = [grid for grid in grids if self._fits(rows - grid[0] * grid[1])]
+        grids = [self.grid] if self.grid else list(reversed(self.seen)) or _squares(keys)
+        fits = [grid for grid in grids if self._fits(keys - grid[0] * grid[1])]
         if not fits or (len(fits) > 1 and not self.seen):
             return None
-        return Layout(fits[0], rows - fits[0][0] * fits[0][1])
+        prefix = keys - fits[0][0] * fits[0][1]
+        return Layout(fits[0], prefix) if rows == keys else Layout(fits[0], 1, key_prefix=prefix, readout=(0,))
 
     def _fits(self, prefix: int) -> bool:
         return prefix == self.prefix if self.prefix is not None else 0 <= prefix <= MAX_PREFIX
@@ -203,6 +221,8 @@ class _Recorder(TorchFunctionMode):
         beyond = [n for n in self.choice.layers or () if n > depth]
         if beyond:
             raise ValueError(f"layers must lie in 1 … {depth}, the attention layers that ran; got {beyond}")
+        if not self.record.maps:
+            raise ValueError(no_class_rows(f"none of the {depth} attention layers has"))
 
     def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call that is attention by name."""
@@ -211,6 +231,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         call = CALLS[func](self.geometry.batch, *args, **kwargs)
         part = self._part(call.layout, (*call.q.shape[:3], call.k.shape[2]))
+        if part is None:
+            return func(*args, **kwargs)
         if self.grad:
             weights = _in_graph(call.softmax())
             mixed = call.mixed(weights)
@@ -227,13 +249,15 @@ class _Recorder(TorchFunctionMode):
         if name not in FOLLOWED:
             return func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
-        known = self._known(tensors[: 2 if name in CARRIED else 1])
+        known = self._known(tensors[: 2 if name in PRODUCTS else 1])
         mixes = name == "einsum" and _keeps_keys(args[0])
         if known and name in MATMULS and not mixes:
             self._matmul(known)
         out = func(*args, **kwargs)
         if name == "softmax":
             return self._softmax(out, tensors[0], kwargs.get("dim", args[1] if len(args) > 1 else None))
+        if known and name in PRODUCTS:
+            return self._product(known, tensors, out)
         if known:
             self._carry(known, "mix" if mixes else name, out)
         elif name == "conv2d":
@@ -261,6 +285,19 @@ class _Recorder(TorchFunctionMode):
             mixed = out if self.grad else out.detach()
             self.softmaxes[out] = replace(known, state=step, mixed=mixed if step == "mixed" else None)
 
+    def _product(self, known: _Softmax, factors: Sequence[Tensor], out: Tensor) -> Tensor:
+        """`out` is a softmax times a number, which keeps it, or times a tensor, which makes it an effective map."""
+        if out.numel() != known.scores.numel() or sum(x.numel() > 1 for x in factors[:2]) < 2:
+            self.softmaxes[out] = known
+            return out
+        mixed = out if self.grad else out.detach()
+        mixed = mixed if mixed.shape == known.scores.shape else mixed.reshape(known.scores.shape)
+        mixed = fold(mixed, self.geometry.batch)
+        if self.grad and mixed is not out:
+            out = mixed.reshape(out.shape)  # so that what acts comes of `mixed`
+        self.softmaxes[out] = replace(known, state="mixed", mixed=mixed)
+        return out
+
     def _matmul(self, known: _Softmax) -> None:
         """A softmax weighs values: that is attention. The same softmax used twice counts once."""
         if known.counted or known.state not in ("weights", "mixed"):
@@ -273,14 +310,16 @@ class _Recorder(TorchFunctionMode):
             _need_graph()
         scores = fold(known.scores, self.geometry.batch)
         part = self._part(None, tuple(scores.shape))
+        if part is None:
+            return
         heads = None if known.mixed is not None else part.folded
         with torch.set_grad_enabled(self.grad):
             weights = _wide_softmax(pick(scores, heads, part.rows)) if known.weights is None else known.weights
             mixed = known.mixed if known.mixed is None else pick(known.mixed, None, part.rows)
             self._keep(weights, mixed, part)
 
-    def _part(self, layout: Layout | None, shape: tuple[int, ...]) -> Part:
-        """What to keep of a map of `shape` (B, H, Q, K)."""
+    def _part(self, layout: Layout | None, shape: tuple[int, ...]) -> Part | None:
+        """What to keep of a map of `shape` (B, H, Q, K), None for nothing."""
         batch, heads, rows, keys = shape
         layout = layout or self.geometry.layout(batch, rows, keys)
         windows = layout.windows if layout else 1

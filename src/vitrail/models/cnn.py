@@ -51,7 +51,7 @@ class ResNetConfig:
         for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if min(self.img_size) < 1 or not 0 <= self.drop_rate < 1:
+        if min(pair(self.img_size)) < 1 or not 0 <= self.drop_rate < 1:
             raise ValueError(
                 f"img_size must be at least 1 and drop_rate lie in [0, 1); got {self.img_size} and {self.drop_rate}"
             )

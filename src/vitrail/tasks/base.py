@@ -12,13 +12,13 @@ Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from vitrail.layers.modes import evaluating
 from vitrail.models.backbone import Backbone
 from vitrail.records import Batch, Result
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 Mode = Literal["max", "min"]
+INPUTS = ("image", "views", "text")
+"""what a batch may be about; at least one of them is there"""
 
 
 class Task(nn.Module, ABC):
@@ -37,7 +39,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` to be minimised, and its parts for the log, each 0-dimensional."""
+        """`loss` to be minimised, and its parts for the log: each 0-dimensional, the same ones in every batch."""
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
@@ -48,8 +50,8 @@ class Task(nn.Module, ABC):
         """Adds a batch to `metrics`, by one forward pass."""
 
     @abstractmethod
-    def predict(self, batch: Batch, top: int = 5) -> Sequence[Result]:
-        """One result an image, in the order of the batch; a result tells of at most the best `top` answers."""
+    def predict(self, batch: Batch) -> Sequence[Result]:
+        """One result an image, in the order of the batch, which carries the geometry where a result needs it."""
 
     def check(self, batch: Batch) -> None:
         """Raises `ValueError`, naming samples, for targets that the task cannot take.
@@ -101,29 +103,27 @@ def evaluate(task: Task, loader: Iterable[Batch | Sequence[Any]]) -> dict[str, T
     return {name: value.cpu() for name, value in metrics.compute().items()}
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule has the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def as_batch(item: Batch | Sequence[Any]) -> Batch:
-    """A batch as it is; `(images, labels)` of a plain PyTorch loader becomes one. Raises `ValueError` for the rest."""
-    if isinstance(item, Mapping) and "image" in item:
+    """A mapping with images, views or texts as it is; `(images, labels)` of a plain PyTorch loader as a batch.
+
+    Raises `ValueError` for the rest, naming what was got.
+    """
+    if isinstance(item, Mapping) and any(key in item for key in INPUTS):
         return item
     if isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], Tensor):
         return Batch(image=item[0], label=torch.as_tensor(item[1]))
     got = f"the keys {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
     if isinstance(item, list | tuple):
         got += f" of {', '.join(type(part).__name__ for part in item)}"
-    raise ValueError(f"a loader must yield (images, labels) or a dict with `image` (and `label`); got {got}")
+    raise ValueError(
+        f"a loader must yield (images, labels) or a dict with one of {', '.join(INPUTS)} (and `label`); got {got}"
+    )
+
+
+def batch_count(batch: Batch) -> int:
+    """How many images, or texts, a batch holds: the length of the first of `image`, `views` and `text` it has."""
+    views = batch.get("views")
+    return len(batch["image"] if "image" in batch else views[0] if views else batch["text"])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -3,7 +3,8 @@
     images (B, C, H, W) -> backbone -> logits (B, K) of each head -> mean of the heads' cross-entropies
                                     -> mean logits -> softmax -> the best classes, by name
 
-Labels are class indices (B,) or, where images were mixed, shares of classes (B, K).
+Labels are class indices (B,) or, where images were mixed, shares of classes (B, K). Pixels that the batch marks as
+padding (`pad_mask`) are hidden from the backbone.
 
 Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
 """
@@ -36,32 +37,35 @@ class Classify(Task):
 
     def __init__(self, backbone: Backbone, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if backbone.config.num_classes < 1:
+        if backbone.num_classes < 1:
             raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
+        check_names(backbone.classes, backbone.config.num_classes)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
         self.backbone, self.label_smoothing = backbone, label_smoothing
 
     @property
     def num_classes(self) -> int:
-        return int(self.backbone.config.num_classes)
+        """As the head has it now: a head that was put in by hand counts."""
+        return self.backbone.num_classes
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the logits: the backbone's, or `class 0`, `class 1`, … where it has none."""
-        return class_names(self.backbone.classes, self.num_classes)
+        """The names of the logits: the backbone's, or `class 0`, `class 1`, … where it has none for this head."""
+        known, count = self.backbone.classes, self.num_classes
+        return class_names(known if len(known) == count else (), count)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss`: the heads' mean cross-entropy, with label smoothing. Raises `ValueError` for bad labels."""
         self.check(batch)
         label = _target(batch["label"])
-        heads = self.backbone.forward_heads(self.backbone.forward_features(self._images(batch)))
+        heads = self.backbone.forward_heads(self.backbone.forward_features(*self._seen(batch)))
         losses = [F.cross_entropy(logits, label, label_smoothing=self.label_smoothing) for logits in heads]
         return {"loss": torch.stack(losses).mean()}
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K), the heads averaged as the backbone averages them, in fp32 at least."""
-        return self.backbone(self._images(batch)).float()
+        return self.backbone(*self._seen(batch)).float()
 
     def metrics(self) -> MetricCollection:
         """Fresh figures, as the class's docstring lists them, on the task's device."""
@@ -86,9 +90,9 @@ class Classify(Task):
         The range is looked at on the CPU alone: reading from an accelerator waits for it. `prepare` checks in time.
         """
         label, count = batch.get("label"), self.num_classes
+        if label is None or "image" not in batch:
+            raise ValueError(f"a classifier learns from a batch with `image` and `label`; got {', '.join(batch)}")
         size = len(batch["image"])
-        if label is None:
-            raise ValueError(f"a classifier learns from a batch with a `label`; got {', '.join(batch)}")
         soft = label.is_floating_point()
         if label.shape != ((size, count) if soft else (size,)):
             raise ValueError(
@@ -108,8 +112,9 @@ class Classify(Task):
             "mend the labels, or give the model more classes (num_classes)"
         )
 
-    def _images(self, batch: Batch) -> Tensor:
-        return self.backbone.preprocess.prepare(batch)["image"]
+    def _seen(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the backbone takes: images, and which of their pixels are padding."""
+        return self.backbone.preprocess.prepare(batch)["image"], batch.get("pad_mask")
 
 
 def answers(
@@ -129,6 +134,15 @@ def answers(
 def class_names(classes: Sequence[str], count: int) -> tuple[str, ...]:
     """The names of `count` logits: `classes`, or `class 0`, `class 1`, … where they have none."""
     return tuple(classes) or tuple(f"class {k}" for k in range(count))
+
+
+def check_names(classes: Sequence[str], count: int) -> None:
+    """Raises `ValueError` unless each of `count` logits has a name, or none has."""
+    if classes and len(classes) != count:
+        raise ValueError(
+            f"class names must be one a logit; got {len(classes)} names for {count} logits: "
+            "name them all, or reset_classifier(num_classes) and train the new head"
+        )
 
 
 def _target(label: Tensor) -> Tensor:

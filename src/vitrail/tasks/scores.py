@@ -5,9 +5,9 @@
 | `loss`                  | mean cross-entropy                                                                |
 | `accuracy`              | share of images whose best class is the true one                                  |
 | `balanced_accuracy`     | mean recall over the classes that occur                                           |
-| `precision` (K,)        | of the images called k, the share that is k; 0 where none is called so            |
-| `recall` (K,)           | of the images that are k, the share called so; 0 where there is none              |
-| `f1` (K,)               | harmonic mean of the two                                                          |
+| `precision` (K,)        | of the images called k, the share that is k; NaN where none is called so          |
+| `recall` (K,)           | of the images that are k, the share called so; NaN where there is none            |
+| `f1` (K,)               | harmonic mean of the two, 0 where one is unknown; NaN where both are              |
 | `confusion` (K, K)      | images by true class (row) and answer (column)                                    |
 | `reliability` (bins, 3) | images by confidence in equal bins (lower, upper]: count, mean confidence, accuracy |
 | `ece`                   | mean over images of their bin's |confidence - accuracy| (Guo et al. 2017, eq. 3)  |
@@ -17,6 +17,7 @@ This file imports torchmetrics, which takes seconds: it is imported where figure
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,14 +38,15 @@ def classification_scores(num_classes: int) -> MetricCollection:
     Targets are taken as checked: here nothing waits for the device.
     """
     given: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    unknown: dict[str, Any] = {**given, "zero_division": math.nan}
     return MetricCollection(
         {
             "loss": MeanMetric(nan_strategy="disable"),  # a NaN is shown; torchmetrics 1.9 then ignores weights
             "accuracy": MulticlassAccuracy(average="micro", **given),
             "balanced_accuracy": BalancedAccuracy(**given),
-            "precision": MulticlassPrecision(average="none", **given),
-            "recall": MulticlassRecall(average="none", **given),
-            "f1": MulticlassF1Score(average="none", **given),
+            "precision": MulticlassPrecision(average="none", **unknown),
+            "recall": MulticlassRecall(average="none", **unknown),
+            "f1": MulticlassF1Score(average="none", **unknown),
             "confusion": MulticlassConfusionMatrix(**given),
             "calibration": Reliability(),
         }

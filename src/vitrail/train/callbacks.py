@@ -56,7 +56,8 @@ class StopRequested(Exception):
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM end the run after the running optimiser step or validation, once `last.ckpt` is written.
 
-    A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen.
+    A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen. Whoever runs the
+    trainer calls `heed` afterwards, for what came after the last epoch.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -80,13 +81,17 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
-        last = batch_idx + 1 == trainer.num_training_batches  # the epoch's own checkpoint follows
+        last = batch_idx + 1 == trainer.num_training_batches  # validation and the epoch's own checkpoint follow
         if not rest and not last and self._agreed(trainer, steps):
             self.checkpoints.save(trainer)
             raise StopRequested
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._agreed(trainer, 0) and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+        self.heed(trainer)
+
+    def heed(self, trainer: Trainer) -> None:
+        """Raises `StopRequested` if any process got a signal by now."""
+        if self._agreed(trainer, 0):
             raise StopRequested
 
     def _agreed(self, trainer: Trainer, steps: int) -> bool:
@@ -95,7 +100,7 @@ class StopOnSignal(Callback):
             return heard
         return steps % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

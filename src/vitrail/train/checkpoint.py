@@ -14,13 +14,25 @@ from torch import nn
 from vitrail.files import whole_file
 from vitrail.train.history import HistoryLog, NonFiniteLoss
 
+KEPT = {"state_dict", "history", "told"}
+"""what a checkpoint of a run holds beside Lightning's own"""
+
 
 class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoint files, through `vitrail.files`."""
+    """Lightning's checkpoint files, through `vitrail.files`. Raises `ValueError` for one that no run here wrote."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with whole_file(path) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        if missing := sorted(KEPT - set(checkpoint)):
+            raise ValueError(
+                f"a run is gone on with from a checkpoint that it wrote itself; {path} lacks {', '.join(missing)}: "
+                "take the run's own last.ckpt, or start a new run"
+            )
+        return checkpoint
 
 
 class Checkpoints(Callback):

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig
-from vitrail.names import TRAIN_SPELLINGS, nearest, normalise_kwargs
-from vitrail.train.optim import OptimConfig, require
+from vitrail.files import write_whole
+from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, require, shortened
+from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -49,6 +50,8 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
     """processes on this machine, one device each"""
     num_nodes: int = 1
     """machines; start the same command on each with torchrun or SLURM"""
+    deterministic: bool = False
+    """on a GPU, only kernels that repeat themselves bit for bit: slower, and a warning where there is none"""
     log: Log = "csv"
     """history.csv is always written; tensorboard adds its event files"""
     checkpoint_every: int = 0
@@ -75,9 +78,7 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
 
     def _check_words(self) -> None:
         for name, kind in (("precision", Precision), ("device", Device), ("log", Log)):
-            words, got = get_args(kind), getattr(self, name)
-            rule = f"be one of {', '.join(words)}"
-            require(got in words, name, rule, f"{got!r}: did you mean {nearest(str(got), words, 1)[0]}?")
+            check_choice(f"--{name}", getattr(self, name), get_args(kind))
         refused = self.precision == "fp16" and self.device == "cpu"
         require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
 
@@ -96,9 +97,9 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def to_yaml(self, path: str | Path, header: str = "") -> None:
-        """Writes what differs from the defaults; each line of `header` becomes a comment above it."""
+        """Writes what differs from the defaults, whole or not at all; lines of `header` become comments above it."""
         comment = "".join(f"# {line}\n" for line in header.splitlines())
-        Path(path).write_text(comment + yaml.safe_dump(_plain(self.changes()), sort_keys=False), encoding="utf-8")
+        write_whole(path, comment + yaml.safe_dump(_plain(self.changes()), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -114,7 +115,8 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the field's type. YAML reads `1e-3` as text and `1` as an integer: both will do for a float."""
-    kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {kind}
+    words = get_origin(kind) is Literal
+    kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {str} if words else {kind}
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
@@ -123,7 +125,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     plain = kinds & set(KIND_NAMES)
     if plain and type(value) not in kinds:
         wanted = " or ".join(sorted(KIND_NAMES[k] for k in plain))
-        raise TypeError(f"--{name.replace('_', '-')} takes {wanted}; got {value!r}")
+        raise TypeError(f"--{name.replace('_', '-')} takes {wanted}; got {shortened(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -4,7 +4,8 @@
              lr(step) ─ AdamW ─ task.after_step ─ average ─ … each epoch: validate, record, keep
 
 Randomness is seeded anew for every batch from (seed, number of the batch over all epochs, process), and the order of
-images is a pure function of (seed, epoch). A run resumed from `last.ckpt` therefore ends in the very same weights.
+images is a pure function of (seed, epoch). On the CPU, a run resumed from `last.ckpt` therefore ends in the very same
+weights; on a GPU only as far as its kernels repeat themselves, which `deterministic` asks of them. See `train.resume`.
 """
 
 from __future__ import annotations
@@ -12,37 +13,33 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from vitrail.data.loading import OrderedBatches, draw_seed
+from vitrail.names import require
 from vitrail.records import Batch, History
-from vitrail.tasks.base import Task, as_batch, pick_device, to_device
+from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
 from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog
 from vitrail.train.checkpoint import Checkpoints, WholeFiles
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.history import HistoryLog, LossMeter, Reading
-from vitrail.train.optim import make_optimizer, require, warmup_cosine, warmup_steps
+from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
 from vitrail.train.progress import ProgressBar
+from vitrail.train.resume import EpochLoader, Loader, refuse_changes, refuse_unshared, same_kernels, sharing_order, told
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
-SAME_ON_RESUME = (
-    "model", "data", "img_size", "val_fraction", "seed", "batch_size", "accumulate", "ema", "devices", "num_nodes",
-    "debug",
-)  # fmt: skip
-"""fields that decide which image is seen in which step, or what a checkpoint holds"""
 EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch's pytree the old way
     r"You're resuming from a checkpoint that ended before the epoch ended",  # `EpochLoader` goes on where it ended
@@ -52,14 +49,6 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts
 )
 Augment = Callable[[Batch, int], Batch]
-
-
-class Loader(Protocol):
-    """What may be trained and validated on."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def __len__(self) -> int: ...
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,21 +68,27 @@ def fit(
     augment: Augment | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> History:
     """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
 
     `augment(batch, number)` makes raw training images ready, on the device; None only normalises them. With `out`, that
     folder gets config.yaml, history.csv, checkpoints/ and model/ with the best weights, and the task ends with those;
     without, nothing is written and it ends with the last. Weights are the running average's where `config.ema` is on.
-    A resumed run goes on where it stood, bit for bit if the loader's batch sampler is an `OrderedBatches`.
+    `notes` join recipe and figures in the model's card.
+    A resumed run goes on where it stood: on the CPU, and on a GPU with `config.deterministic` as far as it has such
+    kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`.
 
-    Raises `ValueError` for a device that is not here, an empty loader, an `out` that already holds a run, nothing to
-    resume or a run that was told something else; `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
+    Raises `ValueError` for a device that is not here, an empty loader, several processes without a sampler that gives
+    each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
+    none of a run's, or a run that was told something else; `NonFiniteLoss` when training diverges; `Interrupted` on a
+    signal.
     """
     folder = Path(out) if out is not None else None
     checkpoint = starting_point(folder, resume)
     if not len(train_loader):
         raise ValueError("training needs at least one batch; the loader has none: add images")
+    refuse_unshared(train_loader, config)
     device = _machine(config)
     record = HistoryLog(LossMeter(1 if device == "cpu" else READ_EVERY), task.monitor, folder)
     ema = WeightEma(task, config.ema) if config.ema else None
@@ -101,17 +96,19 @@ def fit(
     trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, train_loader)
-    with _quiet():
+    with _quiet(), same_kernels(config.deterministic):
         try:
             _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
+            stop.heed(trainer)
         except StopRequested:
-            raise Interrupted(_farewell(folder, record), stop.signal or 0) from None
+            raise Interrupted(_farewell(folder, record, config.epochs), stop.signal or 0) from None
     if folder:
         _take_best(task, folder / "checkpoints")
         if trainer.is_global_zero:
             task.backbone.save_pretrained(
-                folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1]
-            )
+                folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],
+                **(notes or {}),
+            )  # fmt: skip
         trainer.strategy.barrier()  # no process may look for a model that is still being written
     elif ema:
         ema.swap()
@@ -148,10 +145,10 @@ class TaskModule(LightningModule):
         return self.augment(batch, number) if self.augment else self.task.backbone.preprocess.prepare(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.task(batch)["loss"]
-        images, epoch = len(batch["image"]), self.trainer.current_epoch
-        self.record.meter.add(Reading(loss.detach(), images, epoch, batch_idx, self.learning_rate()))
-        return loss
+        losses = self.task(batch)
+        parts, epoch = {name: part.detach() for name, part in losses.items()}, self.trainer.current_epoch
+        self.record.meter.add(Reading(parts, batch_count(batch), epoch, batch_idx, self.learning_rate()))
+        return losses["loss"]
 
     @property
     def batches_per_epoch(self) -> int:
@@ -199,39 +196,10 @@ class TaskModule(LightningModule):
         self.record.figures = {f"val_{name}": score for name, score in scores.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["told"] = {name: getattr(self.config, name) for name in SAME_ON_RESUME}
+        checkpoint["told"] = told(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        told = checkpoint["told"]
-        other = [name for name in SAME_ON_RESUME if told[name] != getattr(self.config, name)]
-        if other:
-            said = "; ".join(f"--{n.replace('_', '-')} was {told[n]}, got {getattr(self.config, n)}" for n in other)
-            raise ValueError(
-                f"a resumed run must be told what it was told before; {said}: take the old values, or a new --out"
-            )
-
-
-class EpochLoader:
-    """A loader as Lightning sees it: something with a length to iterate, whose sampler it leaves alone.
-
-    A pass begins in the epoch and at the batch where the trainer stands when the first batch is asked for.
-    """
-
-    def __init__(self, loader: Loader, trainer: Trainer) -> None:
-        self.loader, self.trainer = loader, trainer
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.trainer.training and (order := _order(self.loader)):
-            order.set_epoch(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1)
-        yield from self.loader
-
-
-def _order(loader: Loader) -> OrderedBatches | None:
-    order = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    return order if isinstance(order, OrderedBatches) else None
+        refuse_changes(checkpoint["told"], self.config)
 
 
 def starting_point(folder: Path | None, resume: bool) -> Path | None:
@@ -282,7 +250,7 @@ def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder
 
 def _open_folder(folder: Path, loader: Loader) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if _order(loader) is None:
+    if not isinstance(sharing_order(loader), OrderedBatches):
         print("this loader has an order of its own: a resumed run will not repeat it bit for bit")
 
 
@@ -310,8 +278,9 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _farewell(folder: Path | None, record: HistoryLog) -> str:
-    where = f"stopped in epoch {len(record.history) + 1}"
+def _farewell(folder: Path | None, record: HistoryLog, epochs: int) -> str:
+    done = len(record.history)
+    where = f"stopped in epoch {done + 1}" if done < epochs else "stopped after the last epoch"
     if folder is None or not (folder / "checkpoints" / "last.ckpt").is_file():
         return f"{where}; nothing was kept"
     return f"{where}; go on with: vitrail train --resume {folder}"

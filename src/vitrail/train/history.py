@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrail.files import write_whole
 from vitrail.records import History
+from vitrail.tasks.base import Mode
 
 Row = dict[str, float]
 
@@ -24,9 +25,10 @@ class NonFiniteLoss(ValueError):
 
 
 class Reading(NamedTuple):
-    """The loss of one batch, still on its device, and where it was met."""
+    """The loss of one batch and its parts, still on their device, and where they were met."""
 
-    loss: Tensor
+    losses: dict[str, Tensor]
+    """`loss` and the task's other parts, each 0-dimensional"""
     images: int
     epoch: int
     batch: int
@@ -34,7 +36,7 @@ class Reading(NamedTuple):
 
 
 class LossMeter:
-    """The mean loss of the running epoch. Losses are read from the device in bunches of `every`."""
+    """The loss and its parts, summed over the running epoch's images. They are read in bunches of `every` batches."""
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
@@ -42,7 +44,8 @@ class LossMeter:
 
     def reset(self) -> None:
         self.unread: list[Reading] = []
-        self.total, self.images, self.latest = 0.0, 0, math.nan
+        self.totals: Row = {}
+        self.images, self.latest = 0, math.nan
 
     def add(self, reading: Reading) -> None:
         """Takes note of a batch. Raises `NonFiniteLoss` when a loss that is read is not finite."""
@@ -55,19 +58,21 @@ class LossMeter:
         unread, self.unread = self.unread, []
         if not unread:
             return
-        for reading, loss in zip(unread, torch.stack([r.loss for r in unread]).tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"the loss must stay finite; got {loss} in epoch {reading.epoch + 1}, batch {reading.batch + 1}, "
-                    f"at lr {reading.lr:.3g}: lower --lr, lengthen --warmup-epochs or set --clip-grad"
-                )
-            self.total += loss * reading.images
-            self.images += reading.images
-            self.latest = loss
+        values = iter(torch.stack([x.detach().float() for r in unread for x in r.losses.values()]).tolist())
+        for reading in unread:
+            self._count(reading, {name: next(values) for name in reading.losses})
 
-    @property
-    def mean(self) -> float:
-        return self.total / self.images if self.images else math.nan
+    def _count(self, reading: Reading, losses: Row) -> None:
+        loss = losses["loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss must stay finite; got {loss} in epoch {reading.epoch + 1}, batch {reading.batch + 1}, "
+                f"at lr {reading.lr:.3g}: lower --lr, lengthen --warmup-epochs or set --clip-grad"
+            )
+        for name, value in losses.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * reading.images
+        self.images += reading.images
+        self.latest = loss
 
 
 class HistoryLog(Callback):
@@ -76,9 +81,10 @@ class HistoryLog(Callback):
     `monitor` is a figure's name and `max` or `min`. A figure that is NaN never counts as the best.
     """
 
-    def __init__(self, meter: LossMeter, monitor: tuple[str, str], out: Path | None = None) -> None:
+    def __init__(self, meter: LossMeter, monitor: tuple[str, Mode], out: Path | None = None) -> None:
         self.meter, self.out = meter, out
-        self.monitor, self.mode = f"val_{monitor[0]}", monitor[1]
+        self.monitor = f"val_{monitor[0]}"
+        self.mode: Mode = monitor[1]
         self.history = History()
         self.figures: Row = {}
         """what validation found in the running epoch"""
@@ -98,12 +104,12 @@ class HistoryLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.meter.flush()
-        total, images = self._over_all_processes(trainer)
+        totals, images = self._over_all_processes(trainer)
         seconds = self.seconds
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train_loss": total / images,
+            **{f"train_{name}": total / images for name, total in totals.items()},
             **self.figures,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / max(self._training or seconds, 1e-9), 1),
@@ -111,14 +117,16 @@ class HistoryLog(Callback):
         if self.out and trainer.is_global_zero:
             write_csv(self.out / "history.csv", self.history.rows)
 
-    def _over_all_processes(self, trainer: Trainer) -> tuple[float, int]:
+    def _over_all_processes(self, trainer: Trainer) -> tuple[Row, int]:
+        names, meter = sorted(self.meter.totals, key="loss".__ne__), self.meter  # the loss first
         if trainer.world_size == 1:
-            return self.meter.total, self.meter.images
+            return {name: meter.totals[name] for name in names}, meter.images
         sums = torch.tensor(
-            [self.meter.total, self.meter.images], dtype=torch.float64, device=trainer.strategy.root_device
-        )
-        total, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        return total, int(images)
+            [*(meter.totals[name] for name in names), meter.images],
+            dtype=torch.float64, device=trainer.strategy.root_device,
+        )  # fmt: skip
+        *totals, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return dict(zip(names, totals, strict=True)), int(images)
 
     @property
     def seconds(self) -> float:
@@ -127,10 +135,9 @@ class HistoryLog(Callback):
 
     @property
     def best(self) -> Row | None:
-        """The row with the best monitored figure, the earliest of equals; None where no row has one."""
-        rows = [row for row in self.history.rows if math.isfinite(row.get(self.monitor, math.nan))]
-        pick = max if self.mode == "max" else min
-        return pick(rows, key=lambda row: row[self.monitor]) if rows else None
+        """`History.best` of the monitored figure; None where no row has a finite one."""
+        known = any(math.isfinite(row.get(self.monitor, math.nan)) for row in self.history.rows)
+        return self.history.best(self.monitor, self.mode) if known else None
 
     @property
     def improved(self) -> bool:
@@ -139,16 +146,16 @@ class HistoryLog(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.meter.flush()
-        total, images = self._over_all_processes(trainer)
+        totals, images = self._over_all_processes(trainer)
         checkpoint["history"] = {
-            "rows": self.history.rows, "total": total, "images": images, "seconds": self.seconds
+            "rows": self.history.rows, "totals": totals, "images": images, "seconds": self.seconds
         }  # fmt: skip
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["history"]
         self.history.rows[:], self._seconds = saved["rows"], saved["seconds"]
         if trainer.is_global_zero:  # what all processes had seen, counted once
-            self.meter.total, self.meter.images = saved["total"], saved["images"]
+            self.meter.totals, self.meter.images = dict(saved["totals"]), saved["images"]
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

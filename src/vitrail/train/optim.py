@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from vitrail.names import require
+
 if TYPE_CHECKING:
     from vitrail.tasks.base import Task
 
+LEAST_LR = 1e-6
 FUSED_DEVICES = {"cpu", "cuda", "mps"}
 
 
@@ -30,8 +33,8 @@ class OptimConfig:
     """passes over the training images"""
     lr: float = 3e-4
     """peak learning rate, for the whole batch as it is: it is not scaled by the batch size"""
-    min_lr: float = 1e-6
-    """learning rate of the last step"""
+    min_lr: float = LEAST_LR
+    """learning rate of the last step; at its default no more than the peak"""
     weight_decay: float = 0.05
     """decay of weight matrices; biases, norms and what the model exempts are left alone"""
     warmup_epochs: float = 5
@@ -44,17 +47,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "be at least 1", self.epochs)
         require(0 < self.lr < math.inf, "lr", "be positive", self.lr)
+        if self.min_lr == LEAST_LR:
+            object.__setattr__(self, "min_lr", min(LEAST_LR, self.lr))
         require(0 <= self.min_lr <= self.lr, "min_lr", f"lie between 0 and --lr {self.lr}", self.min_lr)
         require(0 <= self.weight_decay < math.inf, "weight_decay", "be 0 or more", self.weight_decay)
         require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", "be 0 or more", self.warmup_epochs)
         require(0 <= self.clip_grad < math.inf, "clip_grad", "be 0 (off) or more", self.clip_grad)
         require(self.accumulate >= 1, "accumulate", "be at least 1", self.accumulate)
-
-
-def require(holds: bool, field: str, rule: str, got: object) -> None:
-    """Raises `ValueError` with the flag's name, the rule and what was got, unless the rule holds."""
-    if not holds:
-        raise ValueError(f"--{field.replace('_', '-')} must {rule}; got {got}")
 
 
 def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Optimizer:

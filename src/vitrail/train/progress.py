@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from vitrail.tasks.base import batch_count
 from vitrail.train.history import HistoryLog, Row
 
 SHOWN = {"train_loss": ("loss", ".4f"), "val_loss": ("val_loss", ".4f"), "val_accuracy": ("val_accuracy", ".4f")}
@@ -48,7 +49,7 @@ class ProgressBar(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar:
-            self._images += len(batch["image"]) * trainer.world_size
+            self._images += batch_count(batch) * trainer.world_size
             speed = self._images / (time.perf_counter() - self._since)
             self._bar.update(self._task, advance=1, loss=self.record.meter.latest, speed=speed)
 

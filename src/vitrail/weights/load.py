@@ -7,7 +7,8 @@ load_model("runs/demo")                         a folder, ready to answer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,20 @@ import torch
 from torch import Tensor
 
 from vitrail.folder import FolderError, find_folder, read_card, read_weights
+from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, resolve_name
-from vitrail.names import nearest
+from vitrail.names import nearest, unpacked
 from vitrail.records import ModelCard
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """types that weights may be stored in; all are loaded as fp32"""
+SPARE_BYTES = 64_000_000
+"""what derived buffers may take beside four times the bytes of the weights"""
+STRETCH = 4
+"""how many times larger or smaller than the network's own size images may be prepared"""
+LOG = logging.getLogger("vitrail")
 
 
 class Shipped(NamedTuple):
@@ -43,6 +50,7 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Backb
     `overrides` are fields of the family's config, in other libraries' spellings too. With `pretrained`, a changed
     `num_classes` makes a new head; what would change the shape of other weights is an error. Raises `ValueError` for
     an unknown name, `TypeError` for an unknown field, each naming the nearest; `ValueError` where no weights are known.
+    The logger `vitrail` is told, as information, which row a short name became.
     """
     if pretrained:
         if name not in SHIPPED:
@@ -50,7 +58,15 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Backb
         return _with_overrides(SHIPPED[name].folder, overrides)
     if name in SHIPPED:
         raise ValueError(f"{name} ships with its weights: use create_model({name!r}, pretrained=True)")
-    return build_model(name, **overrides)
+    model = build_model(name, **unpacked(overrides))
+    say_row(name, model.variant, min(model.preprocess.img_size))
+    return model
+
+
+def say_row(name: str, row: str, img_size: int) -> None:
+    """Tells the logger `vitrail` which row a short name became, for images of so many pixels."""
+    if row != name:
+        LOG.info("%s is %s, for images of %d pixels", name, row, img_size)
 
 
 def load_model(name_or_path: str | Path) -> Backbone:
@@ -96,7 +112,10 @@ def _with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Backbone:
     changes = spelled(type(model.config), overrides, model.config)
     classes = changes.pop("num_classes", None)
     if changes:
+        own = model.preprocess
         model = _load(folder, changes)
+        if "img_size" in changes:
+            model.preprocess = own.replace(img_size=pair(model.config.img_size))
     if classes is not None and classes != model.config.num_classes:
         model.reset_classifier(classes)
     return model
@@ -107,24 +126,55 @@ def _load(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
     card, weights = read_card(folder), read_weights(folder)
     if card.family not in FAMILIES:
         raise FolderError(f"{folder}: family must be one of {', '.join(FAMILIES)}; got {card.family!r}")
+    _check_depth(folder, card, weights)
     model = _empty(folder, card, changes or {})
     wanted = model.state_dict()
     _check_fit(folder, wanted, weights)
     _check_card(folder, model, card)
-    if any(name not in wanted for name, _ in model.named_buffers()):  # derived buffers, which no file holds
-        model.to_empty(device="cpu")
-        with torch.random.fork_rng(devices=[]):
-            model.init_weights()
+    derived = [buffer for name, buffer in model.named_buffers() if name not in wanted]  # which no file holds
+    if derived:
+        _check_memory(folder, derived, weights)
+        _fill(folder, model)
     model.load_state_dict({name: weights[name].to(like.dtype) for name, like in wanted.items()}, assign=True)
     model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
     return model
+
+
+def _check_depth(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """Every layer has a tensor at least: a config of many more would build modules until the memory is full."""
+    said = [card.config[key] for key in ("depth", "depths") if key in card.config]
+    numbers = [n for value in said for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+    if (layers := sum(max(n, 1) for n in numbers)) > len(weights):
+        raise FolderError(
+            f"{folder}: a config of {layers:,} layers needs a tensor for each; the weights hold {len(weights)}: "
+            "load them with the config they had"
+        )
+
+
+def _check_memory(folder: Path, derived: Sequence[Tensor], weights: Mapping[str, Tensor]) -> None:
+    needed = sum(buffer.numel() * buffer.element_size() for buffer in derived)
+    most = 4 * sum(weight.numel() * weight.element_size() for weight in weights.values()) + SPARE_BYTES
+    if needed > most:
+        raise FolderError(
+            f"{folder}: its config asks for {needed:,} bytes beside the weights; at most {most:,} are given: "
+            "a smaller img_size or a larger patch_size asks for less"
+        )
+
+
+def _fill(folder: Path, model: Backbone) -> None:
+    try:
+        model.to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            model.init_weights()
+    except (RuntimeError, MemoryError) as error:
+        raise FolderError(f"{folder}: no memory could be had for its network: {error}") from error
 
 
 def _empty(folder: Path, card: ModelCard, changes: Mapping[str, Any]) -> Backbone:
     try:
         with torch.device("meta"):
             return build_from_config(card.family, {**card.config, **changes}, card.name)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise FolderError(f"{folder}: its config makes no {card.family}: {error}") from error
 
 
@@ -164,4 +214,10 @@ def _check_card(folder: Path, model: Backbone, card: ModelCard) -> None:
         raise FolderError(
             f"{folder}: preprocess must describe {model.preprocess.in_chans} channels, as the network takes; "
             f"config.json has {card.preprocess.in_chans}"
+        )
+    own, prepared = pair(card.config.get("img_size", model.config.img_size)), card.preprocess.img_size
+    if any(not 1 / STRETCH <= new / old <= STRETCH for new, old in zip(prepared, own, strict=True)):
+        raise FolderError(
+            f"{folder}: preprocess.img_size must be within {STRETCH} times the network's img_size {own}, larger or "
+            f"smaller; config.json has {prepared}"
         )

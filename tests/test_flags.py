@@ -1,0 +1,65 @@
+"""Words become the arguments of any typed function. What each command makes of them stands in test_cli.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+
+from vitrail.flags import existing, parse
+
+
+def command(
+    files: Annotated[list[str], "what to read"],
+    /,
+    *,
+    size: Annotated[int, "pixels"] = 3,
+    layers: Annotated[list[int] | None, "which"] = None,
+    out: str = "out",
+    quick: bool = False,
+    as_json: Annotated[bool, "as JSON"] = False,
+) -> None:
+    """Do something."""
+
+
+def read(*words: str) -> tuple[list[Any], dict[str, Any]]:
+    return parse("tool command", command, list(words))
+
+
+DEFAULTS = {"size": 3, "layers": None, "out": "out", "quick": False, "as_json": False}
+
+
+@pytest.mark.parametrize(("words", "files", "flags"), [
+    (["a", "b"], ["a", "b"], {}),
+    (["a", "--size", "4", "--layers", "1", "2"], ["a"], {"size": 4, "layers": [1, 2]}),
+    (["a", "--output-dir=x"], ["a"], {"out": "x"}),
+    (["--quick", "a", "--json"], ["a"], {"quick": True, "as_json": True}),
+    (["--quick", "no", "a"], ["a"], {"quick": False}),
+    (["--quick=true", "a"], ["a"], {"quick": True}),
+])  # fmt: skip
+def test_words_become_arguments(words: list[str], files: list[str], flags: dict[str, Any]):
+    assert read(*words) == ([files], {**DEFAULTS, **flags})
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["a", "--szie", "4"], "tool command has no flag --szie: did you mean --size?"),
+    (["a", "--opt", "4"], "tool command has no flag --opt: see tool command --help"),
+    (["a", "--output", "x", "--out", "y"], "takes one spelling of --out; got --output and --out: drop one"),
+    (["a", "--size", "x"], "--size takes a whole number; got x"),
+    ([], "tool command needs files; see tool command --help"),
+])  # fmt: skip
+def test_wrong_words_are_one_line(words: list[str], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_names_the_nearest(tmp_path: Path):
+    (tmp_path / "photo.jpg").touch()
+    assert existing(tmp_path / "photo.jpg") == tmp_path / "photo.jpg"
+    with pytest.raises(ValueError, match=r"there is no .*photo\.jpeg; the nearest is .*photo\.jpg$"):
+        existing(tmp_path / "photo.jpeg")
+    with pytest.raises(ValueError, match=r"there is no .*/x; nor anything in .*/none$"):
+        existing(tmp_path / "none" / "x")
