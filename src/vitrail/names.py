@@ -83,6 +83,8 @@ BY_ROW = dict.fromkeys(
 )  # fmt: skip
 SETTLED = BY_DATA | BY_ROW
 """words of a model that a training run does not take, and why"""
+BEGINNING = 3
+"""letters that are enough to know a word by"""
 CLOSE = 0.7
 """likeness (difflib's ratio) from which a name is offered for a wrong one"""
 LONGEST_WORD = 100
@@ -96,8 +98,10 @@ def nearest(word: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.0) 
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` was probably meant to be; None where none is like it."""
-    return next(iter(nearest(word, choices, 1, CLOSE)), None)
+    """The choice that `word` was probably meant to be, or is the beginning of; None where none is like it."""
+    choices = list(choices)
+    begun = [choice for choice in choices if len(word) >= BEGINNING and choice.startswith(word)]
+    return next(iter([*nearest(word, choices, 1, CLOSE), *begun]), None)
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:

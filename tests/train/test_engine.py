@@ -92,13 +92,21 @@ def test_a_bar_on_a_terminal(train, capsys, monkeypatch):
 
 def test_an_error_leaves_no_bar_behind(train, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    before = threading.active_count()
+    seen = []
     with pytest.raises(RuntimeError, match="by accident"):
-        train(hook=_raise)
-    assert threading.active_count() <= before  # some of another test may have ended meanwhile
+        train(hook=lambda number: _raise(number, seen))
+    assert seen  # rich draws in a thread of its own, which is told to end but not waited for
+    for thread in seen:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in seen)
 
 
-def _raise(number):
+def _drawing():
+    return [thread for thread in threading.enumerate() if type(thread).__module__.startswith("rich.")]
+
+
+def _raise(number, seen):
+    seen += _drawing()
     raise RuntimeError("by accident")
 
 
