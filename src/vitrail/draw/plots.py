@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -125,30 +124,6 @@ def reliability_diagram(reliability: Tensor) -> Drawing:
     for axis in (upper.xaxis, upper.yaxis, lower.xaxis):
         axis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    return drawing
-
-
-def class_bars(classes: Sequence[str], precision: Tensor, recall: Tensor, f1: Tensor) -> Drawing:
-    """Precision, recall and F1 of every class, (K,) each. Above 30 classes only the 30 with the lowest F1."""
-    for given in (precision, recall, f1):
-        if given.shape != (len(classes),):
-            raise ValueError(
-                f"precision, recall and f1 must be ({len(classes)},), one number a class; got {tuple(given.shape)}"
-            )
-    scores = torch.stack([given.detach().cpu().double() for given in (precision, recall, f1)]).nan_to_num(0).numpy()
-    many = len(classes) > READABLE
-    order = np.argsort(scores[2], kind="stable")[:READABLE] if many else np.arange(len(classes))
-    drawing = Drawing(6.0, 0.9 + 0.5 * len(order))
-    axes = drawing.subplots()
-    dress(axes, f"the {READABLE} weakest of {len(classes)} classes" if many else "")
-    axes.grid(visible=False, axis="y")
-    for row, (name, colour) in enumerate({"precision": BLUE, "recall": ORANGE, "F1": GREEN}.items()):
-        places = np.arange(len(order)) + (row - 1) * 0.26
-        bars = axes.barh(places, scores[row, order], 0.24, color=colour, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=6, color=INK, padding=2)
-    axes.set_yticks(range(len(order)), [_short(classes[i]) for i in order], parse_math=False)
-    axes.set(xlim=(0, 1.08), ylim=(len(order) - 0.5, -0.5))
-    axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.06))
     return drawing
 
 
