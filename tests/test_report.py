@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitrail.data.imagesets import Splits, TensorSet
+from vitrail.data.imagesets import TensorSet
 from vitrail.models.registry import build_model
-from vitrail.records import Batch, Classification, History
+from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.report import RunFacts, Shown, as_json, choose_samples, machine, report_run
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 
 CLASSES = ("bright <b>", "dark", "grey & dull")
-FACTS = RunFacts(title="vit_debug on noise", command="vitrail train --model vit_debug --data 'folder:my photos'")
+FACTS = RunFacts(
+    title="vit_debug on noise", command="vitrail train --model vit_debug --data 'folder:my photos'",
+    data="folder:my photos", split="test",
+)  # fmt: skip
 HISTORY = History([{"epoch": 1, "lr": 1e-3, "train_loss": 1.1, "val_loss": 1.0, "val_accuracy": 0.5, "seconds": 1.5}])
 
 
@@ -36,18 +40,14 @@ def loader(part: TensorSet, size: int = 5) -> list[Batch]:
     return [part.gather(list(range(i, min(i + size, len(part))))) for i in range(0, len(part), size)]
 
 
-def noise() -> Splits:
-    return Splits(name="folder:my photos", train=images(9), val=images(6), test=images(12))
-
-
 def task_of(name: str = "vit_debug") -> Classify:
     model = build_model(name, num_classes=3).eval()
     model.classes = CLASSES
     return Classify(model)
 
 
-def report(out: Path, task: Classify, splits: Splits) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    figures = report_run(out, task, loader(splits.test), splits, HISTORY, FACTS)
+def report(out: Path, task: Classify, facts: RunFacts = FACTS) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    figures = report_run(out, task, loader(images(12)), HISTORY, facts)
     return figures, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
 
 
@@ -84,7 +84,7 @@ def test_wrong_answers_first_then_right_ones_of_every_class_in_turn():
         (0, "b", 0.99), (1, "a", 0.8), (0, "b", 0.6),
     ]  # fmt: skip
     assert [(s.truth, s.answer.confidence) for s in right] == [(0, 0.8), (1, 0.5), (2, 0.9), (0, 0.7), (1, 0.5)]
-    assert [int(s.picture[0, 0, 0]) for s in shown] == [8, 9, 3, 1, 4, 0, 2, 5]
+    assert [int(s.image[0, 0, 0]) for s in shown] == [8, 9, 3, 1, 4, 0, 2, 5]
     assert [len(choose_samples(Told(), batches, each=n)) for n in (1, 2, 9)] == [2, 4, 3 + 7]
 
 
@@ -98,17 +98,19 @@ def test_no_more_is_held_than_is_shown():
 
     shown = choose_samples(Told(), batches(), each=4)
     assert held[0] <= 4 + 4 + 1
-    assert all(s.picture.untyped_storage().nbytes() == s.picture.numel() for s in shown)
+    assert all(s.image.untyped_storage().nbytes() == s.image.numel() for s in shown)
 
 
 # ---- figures
 
 
 def test_figures_are_those_of_evaluate(tmp_path: Path):
-    task, splits = task_of(), noise()
-    figures, metrics, _ = report(tmp_path, task, splits)
+    torch.manual_seed(3)
+    task, pixels = task_of(), images(12)
+    figures = report_run(tmp_path, task, loader(pixels), HISTORY, FACTS)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     numbers = json.loads((tmp_path / "metrics.json").read_text().replace("null", "NaN"))
-    for name, value in evaluate(task, loader(splits.test, 12)).items():
+    for name, value in evaluate(task, loader(pixels, 12)).items():
         assert_close(figures[name], value, equal_nan=True)
         assert_close(torch.tensor(numbers[name], dtype=value.dtype), value, equal_nan=True)
     assert (metrics["split"], metrics["data"], metrics["classes"]) == ("test", "folder:my photos", list(CLASSES))
@@ -124,7 +126,7 @@ def test_json_has_no_nan():
 def test_a_broken_model_still_gets_its_page(tmp_path: Path):
     task = task_of()
     nn.init.constant_(task.backbone.head.bias, math.nan)
-    _, metrics, page = report(tmp_path, task, noise())
+    _, metrics, page = report(tmp_path, task)
     assert metrics["loss"] is None
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert page.endswith("</html>\n")
@@ -138,7 +140,7 @@ def test_the_machine_is_the_one_that_was_used():
 
 
 def test_the_page_is_complete_and_alone(tmp_path: Path):
-    _, metrics, page = report(tmp_path, task_of(), noise())
+    _, metrics, page = report(tmp_path, task_of())
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.html"}
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
     assert "<script" not in page
@@ -151,8 +153,48 @@ def test_the_page_is_complete_and_alone(tmp_path: Path):
     assert "test images that chose nothing" in page
 
 
+def test_images_of_every_class_by_part_or_only_the_held_out_ones(tmp_path: Path):
+    parts = {"train": [40, 41, 42], "test": [4, 4, 4]}
+    _, _, page = report(tmp_path, task_of(), replace(FACTS, counts=parts))
+    assert "was trained on 123 images of" in page
+    _, _, page = report(tmp_path, task_of())
+    assert "was trained on the training images of" in page
+    assert "<td>4</td>" in page
+
+
+def ready(preprocess: Preprocess) -> tuple[TensorSet, list[Batch]]:
+    """Held-out images, and the same normalised and with shares for labels, as a loader of one's own gives them."""
+    raw = images(12)
+    shares = torch.nn.functional.one_hot(raw.labels, 3).float()
+    return raw, [Batch(image=preprocess.normalise(raw.images), label=shares)]
+
+
+def test_ready_images_are_shown_as_they_were_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = Preprocess(img_size=(32, 32))
+    raw, batches = ready(told)
+    task, drawn = task_of(), []
+    task.backbone.preprocess = told
+    monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
+    report_run(tmp_path, task, batches, HISTORY, FACTS)
+    shown = {bytes((sample.image * 255).round().byte().flatten().tolist()) for sample in drawn[0].samples}
+    assert shown <= {bytes(image.flatten().tolist()) for image in raw.images}
+    assert len(shown) == len(drawn[0].samples) >= 6
+    assert all(sample.explanation is not None for sample in drawn[0].samples)
+
+
+def test_ready_images_of_unknown_making_are_shown_between_their_extremes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, batches = ready(Preprocess(img_size=(32, 32)))
+    task, drawn = task_of(), []
+    task.backbone.preprocess = task.backbone.preprocess.replace(known=False)
+    monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
+    report_run(tmp_path, task, batches, HISTORY, FACTS)
+    assert {(float(s.image.min()), float(s.image.max())) for s in drawn[0].samples} == {(0.0, 1.0)}
+
+
 def test_a_convolutional_network_has_a_page_without_rollout(tmp_path: Path):
-    _, _, page = report(tmp_path, task_of("resnet_debug"), noise())
+    _, _, page = report(tmp_path, task_of("resnet_debug"))
     assert "rollout" not in page
     assert page.count('<figure class="sample') == page.count('<div class="pair"><img') > 0
 
@@ -162,7 +204,7 @@ def test_a_network_whose_attention_cannot_be_rolled_out_has_its_page(tmp_path: P
         raise ValueError("rollout needs maps of one size")
 
     monkeypatch.setattr("vitrail.report.explain", refuse)
-    _, metrics, page = report(tmp_path, task_of(), noise())
+    _, metrics, page = report(tmp_path, task_of())
     assert "attention rollout" not in page
     assert metrics["split"] == "test"
 
@@ -173,7 +215,7 @@ def test_figures_are_kept_before_samples_are_chosen(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("vitrail.report.choose_samples", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        report(tmp_path, task_of(), noise())
+        report(tmp_path, task_of())
     assert json.loads((tmp_path / "metrics.json").read_text())["split"] == "test"
 
 
@@ -181,24 +223,23 @@ def test_a_class_that_is_never_answered_has_no_precision(tmp_path: Path):
     task = task_of()
     nn.init.zeros_(task.backbone.head.weight)
     task.backbone.head.bias.data.copy_(torch.tensor([9.0, 0.0, 0.0]))
-    _, metrics, _ = report(tmp_path, task, noise())
+    _, metrics, _ = report(tmp_path, task)
     assert metrics["precision"][1:] == [None, None]
     assert metrics["recall"] == [1.0, 0.0, 0.0]
 
 
 def test_figures_of_images_that_chose_the_epoch_are_called_so(tmp_path: Path):
     """A data set of two parts: what is reported is what validated."""
-    part = images(6)
-    _, metrics, page = report(tmp_path, task_of(), Splits(name="imagenet", train=images(9), val=part, test=part))
+    _, metrics, page = report(tmp_path, task_of(), replace(FACTS, split="val"))
     assert metrics["split"] == "val"
     assert "which also chose the epoch that was kept" in page
     assert "test images that chose nothing" not in page
 
 
 def test_of_several_processes_the_first_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    task, splits = task_of(), noise()
+    task = task_of()
     monkeypatch.setattr("vitrail.report.dist.is_initialized", lambda: True)
     monkeypatch.setattr("vitrail.report.dist.get_rank", lambda: 1)
     monkeypatch.setattr("vitrail.report.evaluate", lambda *_: {"accuracy": torch.tensor(1.0)})
-    assert report_run(tmp_path, task, loader(splits.test), splits, HISTORY, FACTS) == {"accuracy": torch.tensor(1.0)}
+    assert report_run(tmp_path, task, loader(images(12)), HISTORY, FACTS) == {"accuracy": torch.tensor(1.0)}
     assert list(tmp_path.iterdir()) == []

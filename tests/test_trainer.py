@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -390,6 +391,27 @@ def test_no_validation_and_a_folder(tmp_path: Path):
     again = load_model(tmp_path / "run")
     assert again.classes == ("a", "b", "c")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_loaders_of_ones_own_have_the_same_report(tmp_path: Path, split: str):
+    said = Preprocess(img_size=(8, 8))
+    trainer = ViTTrainer(TINY, preprocess=said, classes="abc", device="cpu", out=tmp_path / "run", data="my drawings")
+    held_out = {"val_loader": plain_loader(9)} | ({"test_loader": plain_loader(6)} if split == "test" else {})
+    trainer.train(plain_loader(), epochs=1, **held_out)
+    metrics, page = json.loads((tmp_path / "run/metrics.json").read_text()), (tmp_path / "run/report.html").read_text()
+    assert (metrics["split"], metrics["data"], metrics["classes"]) == (split, "my drawings", ["a", "b", "c"])
+    assert sum(map(sum, metrics["confusion"])) == {"val": 9, "test": 6}[split]
+    again = evaluate(Classify(load_model(tmp_path / "run")), held_out[f"{split}_loader"])
+    assert metrics["loss"] == pytest.approx(again["loss"].item())
+    assert "ViTTrainer(…).train(…," in re.sub("</?span>", "", page)
+    assert "attention rollout" in page
+    assert ("which also chose the epoch that was kept" in page) == (split == "val")
+
+
+def test_nothing_held_out_is_nothing_reported(tmp_path: Path):
+    ViTTrainer(TINY, preprocess=Preprocess(img_size=(8, 8)), device="cpu", out=tmp_path).train(plain_loader(), epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.yaml", "history.csv", "model"}
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])

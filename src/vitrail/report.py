@@ -11,24 +11,23 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitrail.data.imagesets import Splits
 from vitrail.draw.pages import RunReport, Sample, training_report, write_page
 from vitrail.explain.maps import explain
 from vitrail.files import write_whole
 from vitrail.layers.modes import evaluating
-from vitrail.records import Batch, Classification, History
+from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.tasks.base import as_batch, evaluate
-from vitrail.tasks.classify import Classify
+from vitrail.tasks.classify import Classify, hard_labels
 
 SAMPLES = 6
 """right answers shown, and as many wrong ones"""
@@ -48,19 +47,24 @@ class RunFacts:
 
     title: str
     command: str
+    data: str
+    split: Literal["test", "val"]
+    """the part of the data that the figures are of; `val` also chose the epoch that was kept"""
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """images of every class by part of the data; empty where only the held-out ones were counted"""
 
 
 class Shown(NamedTuple):
     """A held-out image that the page may show."""
 
-    picture: Tensor
-    """(C, H, W) uint8, as the network saw it, in memory of its own"""
+    image: Tensor
+    """(C, H, W) uint8, or float and ready for the network, in memory of its own"""
     truth: int
     answer: Classification
 
 
 def report_run(
-    out: Path, task: Classify, loader: Iterable[Any], splits: Splits, history: History, facts: RunFacts
+    out: Path, task: Classify, loader: Iterable[Any], history: History, facts: RunFacts
 ) -> dict[str, Tensor]:
     """Measures `task` on held-out images, writes `metrics.json` and `report.html` into `out`, returns the figures.
 
@@ -69,37 +73,37 @@ def report_run(
     figures = evaluate(task, loader)
     if dist.is_initialized() and dist.get_rank() > 0:
         return figures
-    report = _report(task, figures, splits, history, facts)
+    report = _report(task, figures, history, facts)
     write_whole(out / "metrics.json", json.dumps(_metrics(report, figures), indent=1, allow_nan=False))
     samples = [_sample(task, shown) for shown in choose_samples(task, loader)]
     write_page(out / "report.html", training_report(replace(report, samples=samples)))
     return figures
 
 
-def _report(task: Classify, figures: dict[str, Tensor], splits: Splits, history: History, facts: RunFacts) -> RunReport:
+def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts) -> RunReport:
     """Everything on the page but its samples."""
-    model, own = task.backbone, splits.test is not splits.val
+    model, held_out = task.backbone, figures["confusion"].sum(1).tolist()
     return RunReport(
         title=facts.title,
         model=model.variant or model.family,
         parameters=sum(p.numel() for p in model.parameters()),
         img_size=model.preprocess.img_size,
-        data=splits.name,
-        counts={part: list(getattr(splits, part).counts().values()) for part in ("train", "val", "test")},
-        classes=splits.classes,
+        data=facts.data,
+        counts=facts.counts or {facts.split: held_out},
+        classes=task.classes,
         command=facts.command,
         machine=machine(task.device),
         date=date.today().isoformat(),
         seconds=sum(row.get("seconds", 0.0) for row in history.rows),
         history=history,
-        split="test" if own else "val",
+        split=facts.split,
         figures={name: float(value) for name, value in figures.items() if value.ndim == 0},
         precision=figures["precision"],
         recall=figures["recall"],
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        notes=(TEST_NOTE if own else VAL_NOTE, SAMPLES_NOTE),
+        notes=(TEST_NOTE if facts.split == "test" else VAL_NOTE, SAMPLES_NOTE),
     )
 
 
@@ -140,17 +144,28 @@ def choose_samples(task: Classify, loader: Iterable[Any], each: int = SAMPLES) -
 
 def _answers(task: Classify, raw: Batch) -> Iterable[Shown]:
     answers = task.predict(task.prepare(raw))
-    for picture, label, answer in zip(raw["image"], raw["label"].tolist(), answers, strict=True):
-        yield Shown(picture.clone(), label, answer)  # a view would keep its whole batch
+    for image, label, answer in zip(raw["image"], hard_labels(raw["label"]).tolist(), answers, strict=True):
+        yield Shown(image.clone(), label, answer)  # a view would keep its whole batch
 
 
 def _sample(task: Classify, shown: Shown) -> Sample:
-    ready = task.backbone.preprocess.normalise(shown.picture).to(task.device)
+    ready = task.backbone.preprocess.prepare(Batch(image=shown.image))["image"].to(task.device)
     try:
         explanation = explain(task.backbone, ready, "rollout")
     except ValueError:  # a network whose attention cannot be rolled out, or that has none
         explanation = None
-    return Sample(image=shown.picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
+    picture = _viewable(shown.image, task.backbone.preprocess)
+    return Sample(image=picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
+
+
+def _viewable(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """(C, H, W) as it was before it was made ready; where nobody said how it was, between its extremes."""
+    if not image.is_floating_point():
+        return image
+    if preprocess.known:
+        return preprocess.denormalise(image)
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low).clamp(min=1e-12)
 
 
 def machine(device: torch.device) -> str:

@@ -10,11 +10,11 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     if resume:  # only now: a resume that was refused changes nothing
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     best = Classify(load_model(out).to(pick_device(config.device)))
-    report_run(out, best, eval_loader(splits, "test", model, config), splits, history, _facts(config))
+    report_run(out, best, eval_loader(splits, "test", model, config), history, _facts(config, splits))
     return history
 
 
@@ -256,7 +256,8 @@ class ViTTrainer:
     A loader yields `(images, labels)` or a `Batch`: float images are taken as ready, uint8 ones are normalised.
     `preprocess` says how the ready ones were made so, and `classes` what the logits are called; both go into the
     model's card. Without `preprocess`, a new model trained on ready images refuses to normalise pictures afterwards.
-    Raises `ValueError` for names that are not one a class.
+    `out` becomes a run's folder, with checkpoints, the best model and, of held-out images, `report.html`; `data` is
+    what that page calls the images. Raises `ValueError` for names that are not one a class.
     """
 
     def __init__(
@@ -267,17 +268,21 @@ class ViTTrainer:
         classes: Sequence[str] = (),
         device: str = "auto",
         out: str | Path | None = None,
+        data: str = "loaders of one's own",
     ) -> None:
         self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
         check_names(classes, self.model.config.num_classes)
         self.model.classes = tuple(classes) or self.model.classes
         self._told = preprocess is not None or not _as_constructed(self.model)
         self.model.preprocess = preprocess or self.model.preprocess
-        self.device, self.out = device, out
+        self.device, self.out, self.data = device, out, data
 
-    def train(self, train_loader: Loader, val_loader: Loader | None = None, **settings: Any) -> History:
+    def train(
+        self, train_loader: Loader, val_loader: Loader | None = None, test_loader: Loader | None = None, **settings: Any
+    ) -> History:
         """Trains and returns the epochs' figures; `settings` are fields of `TrainConfig` in any known spelling.
 
+        `val_loader` chooses the best epoch; the report's figures are of `test_loader`, or else of `val_loader`.
         Raises `TypeError` for an unknown setting, naming the nearest, and for one that the model or the loaders have
         settled; `ValueError` for a bad value.
         """
@@ -297,7 +302,17 @@ class ViTTrainer:
                 "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess=",
                 stacklevel=2,
             )
+        held_out = val_loader if test_loader is None else test_loader
+        if out and held_out is not None:
+            facts = self._facts(given, "val" if test_loader is None else "test")
+            report_run(out, task.to(pick_device(config.device)), held_out, history, facts)
+            task.cpu()
         return history
+
+    def _facts(self, given: Mapping[str, Any], split: Literal["val", "test"]) -> RunFacts:
+        words = ", ".join(["…", *(f"{name}={value!r}" for name, value in given.items())])
+        title = f"{self.model.variant or self.model.family} on {self.data}"
+        return RunFacts(title=title, command=f"ViTTrainer(…).train({words})", data=self.data, split=split)
 
     def _prepare(self, batch: Batch, number: int) -> Batch:
         """Raw images normalised. Ready ones tell that the preprocessing of a new model is nobody's."""
@@ -312,6 +327,12 @@ def _as_constructed(model: Backbone) -> bool:
         return model.preprocess == cast(Any, type(model))(model.config).preprocess
 
 
-def _facts(config: TrainConfig) -> RunFacts:
+def _facts(config: TrainConfig, splits: Splits) -> RunFacts:
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in config.changes().items()]
-    return RunFacts(title=f"{config.model} on {config.data}", command=" ".join(["vitrail train", *flags]))
+    return RunFacts(
+        title=f"{config.model} on {config.data}",
+        command=" ".join(["vitrail train", *flags]),
+        data=splits.name,
+        split="val" if splits.test is splits.val else "test",
+        counts={part: list(getattr(splits, part).counts().values()) for part in ("train", "val", "test")},
+    )

@@ -78,7 +78,7 @@ class Classify(Task):
         self.check(batch)
         label, logits = _target(batch["label"]), self.logits(batch)
         losses = F.cross_entropy(logits, label, reduction="none")
-        metrics.update(preds=logits, target=_hard(label), value=losses)
+        metrics.update(preds=logits, target=hard_labels(label), value=losses)
 
     def predict(self, batch: Batch, top: int = 5) -> list[Classification]:
         """The best `top` classes of each image with their softmax probabilities; ids are the batch's, or empty."""
@@ -149,5 +149,6 @@ def _target(label: Tensor) -> Tensor:
     return label if label.is_floating_point() else label.long()
 
 
-def _hard(label: Tensor) -> Tensor:
+def hard_labels(label: Tensor) -> Tensor:
+    """Class indices (B,) as they are; of shares (B, K) the largest."""
     return label.argmax(-1) if label.is_floating_point() else label
