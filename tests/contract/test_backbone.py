@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitrail.explain.maps import attention_map
+from vitrail.explain.maps import attention_map, rollout_map
 from vitrail.explain.record import record_attention
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model
@@ -311,6 +311,25 @@ def test_padded_pixels_are_not_seen(small: Backbone) -> None:
 def test_padded_patches_are_not_pooled(pooling: Any) -> None:
     (one, mask), (other, _) = (padded(images(pooling), value) for value in (0.0, 9.0))
     assert torch.allclose(pooling(one, mask), pooling(other, mask), atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_is_nowhere_on_a_map(pooling: Any) -> None:
+    """What the head reads is not averaged over rows of padding, and nothing is laid on padded cells."""
+    one, mask = padded(images(pooling), 0.0)
+    lone = one[..., : one.shape[-1] // 2]
+    with record_attention(queries="class") as record:
+        pooling(one, mask)
+    with record_attention() as whole:
+        pooling(one, mask)
+    for heat in (attention_map(record.maps[0]), rollout_map(whole.maps)):
+        half = heat.shape[-1] // 2
+        assert heat.shape[0] == len(one) and heat[..., :half].any()
+        assert not heat[..., half:].any()
+    if pooling.pos_embed is None:  # then the padded image is the left half alone
+        with record_attention(queries="class") as record_lone:
+            pooling(lone)
+        assert torch.allclose(attention_map(record.maps[0])[..., :half], attention_map(record_lone.maps[0]), atol=1e-5)
 
 
 # ---- tokens

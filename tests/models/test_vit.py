@@ -304,6 +304,23 @@ def test_the_norm_stands_before_or_after_pooling(options: dict[str, Any], late: 
     assert isinstance(model.norm, nn.Identity) == late
 
 
+def test_dropout_after_positions_acts_in_training_alone() -> None:
+    model, x, seen = build(pos_drop_rate=0.5), torch.randn(2, 3, 32, 32), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append((args[0] == 0).float().mean().item()))
+    model(x)
+    model.train()(x)
+    assert seen[0] == 0
+    assert seen[1] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("keep", [[[-1, 0]], [[0, 16]]])
+def test_only_image_tokens_can_be_kept(keep: list[list[int]]) -> None:
+    model = build()
+    tokens = model.embed(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"keep must count image tokens, 0 … 15; got -?\d+ … \d+"):
+        model.encode(tokens, torch.tensor(keep))
+
+
 def test_dropouts_stand_where_they_are_named() -> None:
     rates = dict(drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4, drop_path_rate=0.2)
     model = build(**rates)

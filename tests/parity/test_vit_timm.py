@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mean pooling, norm before it": dict(global_pool="avg", fc_norm=False),
     "attention pooling": dict(global_pool="map", class_token=False),
     "attention pooling beside a class token": dict(global_pool="map"),
+    "tanh GELU, in the pool too": dict(global_pool="map", act="gelu_tanh"),
+    "ReLU, in the pool too": dict(global_pool="map", act="relu"),
     "query and key norm": dict(qk_norm=True),
     "LayerScale": dict(init_values=0.1),
     "five channels": dict(in_chans=5),
@@ -33,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no head": dict(num_classes=0),
     "another norm epsilon": dict(norm_eps=1e-2, qk_norm=True),
 }
+ACTS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}
 
 
 def randomise(model: nn.Module) -> None:
@@ -46,8 +49,9 @@ def randomise(model: nn.Module) -> None:
 def twins(**options: Any) -> tuple[VisionTransformer, nn.Module]:
     options = {**SMALL, **options}
     norm = partial(nn.LayerNorm, eps=options.get("norm_eps", 1e-6))
-    known = {name: value for name, value in options.items() if name != "norm_eps"}
-    theirs = vision_transformer.VisionTransformer(**known, dynamic_img_size=True, norm_layer=norm).eval()
+    known = {name: value for name, value in options.items() if name not in ("norm_eps", "act")}
+    act = ACTS[options.get("act", "gelu")]
+    theirs = vision_transformer.VisionTransformer(**known, dynamic_img_size=True, norm_layer=norm, act_layer=act).eval()
     randomise(theirs)
     ours = VisionTransformer(**options).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)

@@ -129,13 +129,16 @@ def test_devices_are_picked_or_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device() == pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "cuda:1", "mps", "tpu"):
+    for name in ("cuda", "cuda:1", "mps", "tpu", "cpu:7", "cpu:banana"):
         with pytest.raises(ValueError, match=rf"one that is here \(cpu\); got '{name}'"):
             pick_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device().type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device().type == "cuda" and pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="got 'cuda:2'"):
+        pick_device("cuda:2")
 
 
 def test_torchmetrics_is_imported_when_figures_are_asked_for():

@@ -45,6 +45,16 @@ def backbone() -> Backbone:
     return build_model("vit_debug", num_classes=K, depth=1)
 
 
+@pytest.mark.parametrize("head", [nn.Linear(48, 3), nn.Sequential(nn.Linear(48, 9), nn.ReLU(), nn.Linear(9, 3))])
+def test_names_are_for_the_head_that_is_there(head: nn.Module):
+    model = build_model("vit_debug", depth=1)
+    model.head, model.classes = head, ("a", "b", "c")
+    assert Classify(model).predict(batch(2))[0].label in model.classes
+    model.classes = ("a", "b")
+    with pytest.raises(ValueError, match="got 2 names for 3 logits"):
+        Classify(model)
+
+
 def batch(count: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 3, 32, 32, generator=generator)

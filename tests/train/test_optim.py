@@ -60,6 +60,14 @@ def test_decay_leaves_biases_norms_and_exempt_names_alone(make_task):
     ]
 
 
+def test_exempt_names_that_nothing_has_are_refused(make_task):
+    """As they are where a wrapper renames the parameters: without them positions would decay."""
+    task = make_task()
+    task.backbone = torch.compile(task.backbone)
+    with pytest.raises(ValueError, match=r"must name parameters of the task; got backbone\.cls_token, backbone\.pos_"):
+        make_optimizer(task, OptimConfig())
+
+
 def test_decay_acts_where_it_should(make_task):
     task = make_task()
     before = {name: p.detach().clone() for name, p in task.named_parameters()}

@@ -219,13 +219,11 @@ def test_every_field_must_stay_but_for_those_that_are_free():
             refuse_changes(before, TrainConfig(**{name: value}))
 
 
-def test_a_longer_schedule_is_told_of(train, tmp_path, capsys):
+def test_a_longer_schedule_is_told_of(train, tmp_path, caplog):
     train(out=tmp_path, epochs=1)
-    assert "--epochs" not in capsys.readouterr().out
+    assert "--epochs" not in caplog.text
     train(out=tmp_path, epochs=2, resume=True)
-    assert "--epochs was 1 and is 2: from here on the learning rate follows the schedule of 2" in (
-        capsys.readouterr().out
-    )
+    assert caplog.messages == ["--epochs was 1 and is 2: from here on the learning rate follows the schedule of 2"]
 
 
 @pytest.mark.parametrize(("strange", "lacks"), [

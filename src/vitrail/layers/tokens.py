@@ -8,15 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Layout, attend
+from vitrail.layers.attention import Kernel, Layout, attend
 from vitrail.layers.blocks import NORMS, Mlp
 
 
 def keep_tokens(x: Tensor, keep: Tensor, prefix: int) -> Tensor:
     """The prefix and the image tokens named by `keep` (B, K): (B or 1, P + N, …) -> (B, P + K, …).
 
-    `keep` counts image tokens from 0, without the prefix; its order is kept.
+    `keep` counts image tokens from 0, without the prefix; its order is kept. On the CPU, where looking costs nothing,
+    raises `ValueError` for a number that is no image token's.
     """
+    last = x.shape[1] - prefix - 1
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling() and not ((keep >= 0) & (keep <= last)).all():
+        raise ValueError(f"keep must count image tokens, 0 … {last}; got {keep.min()} … {keep.max()}")
     x = x.expand(keep.shape[0], *x.shape[1:])
     rows = torch.arange(keep.shape[0], device=x.device)[:, None]
     return torch.cat([x[:, :prefix], x[rows, keep + prefix]], dim=1)
@@ -44,19 +48,28 @@ class AttentionPool(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, norm: str = "layernorm", norm_eps: float = 1e-6
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm: str = "layernorm",
+        norm_eps: float = 1e-6,
+        act: str = "gelu",
+        attn: Kernel = "auto",
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.attn = num_heads, attn
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm = NORMS[norm](dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act)
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
         q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
-        x = self.proj(attend(q, k, v, bias=bias, layout=layout).transpose(1, 2).flatten(2))  # (B, 1, C)
+        x = attend(q, k, v, bias=bias, layout=layout, kernel=self.attn)
+        x = self.proj(x.transpose(1, 2).flatten(2))  # (B, 1, C)
         return (x + self.mlp(self.norm(x)))[:, 0]

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from vitrail import folder
@@ -60,6 +61,14 @@ class Tokens(NamedTuple):
     cells: Tensor | None = None
     """(B, N) which cell of the grid each image token is, in raster order; None for all cells, N = h * w"""
 
+    @property
+    def shown(self) -> Tensor | None:
+        """(B, N) the cell that each image token shows, -1 for padding: a `Layout`'s index. None for all cells."""
+        if self.padding is None:
+            return self.cells
+        cells = torch.arange(self.padding.shape[1], device=self.padding.device) if self.cells is None else self.cells
+        return cells.masked_fill(self.padding, -1)
+
 
 class FeatureInfo(NamedTuple):
     """What one entry of `features()` looks like."""
@@ -94,9 +103,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_classes(self) -> int:
-        """K, as the head has it, whoever put it there; 0 without a head."""
-        widths = [part.out_features for part in self.get_classifier().modules() if isinstance(part, nn.Linear)]
-        return widths[-1] if widths else 0
+        """K, as the head has it, whoever put it there; 0 without a head. Of other heads than Linear, the config's."""
+        head = self.get_classifier()
+        widths = [part.out_features for part in head.modules() if isinstance(part, nn.Linear)]
+        other = 0 if isinstance(head, nn.Identity) else self.config.num_classes
+        return widths[-1] if widths else int(other)
 
     @abstractmethod
     def get_classifier(self) -> nn.Module:
@@ -186,8 +197,29 @@ class Backbone(nn.Module, ABC):
         )
 
     def save_pretrained(self, path: str | Path, **training: Any) -> Path:
-        """Writes `model.safetensors`, `config.json` and a sha256 manifest, all or nothing. Returns the folder."""
-        return folder.write_folder(Path(path), self.state_dict(), self.card(**training))
+        """Writes `model.safetensors`, `config.json` and a sha256 manifest, all or nothing. Returns the folder.
+
+        Raises `ValueError` as `check_savable` does.
+        """
+        self.check_savable()
+        return folder.write_folder(Path(path), self._plain_state(), self.card(**training))
+
+    def check_savable(self) -> None:
+        """Raises `ValueError` where a model folder could not be loaded: the config must describe every weight."""
+        with torch.device("meta"):
+            described = type(self)(type(self.config)(**self.card().config)).state_dict()
+        own = {name: value.shape for name, value in self._plain_state().items()}
+        strange = [name for name in own if name not in described or own[name] != described[name].shape]
+        if strange or (missing := sorted(described.keys() - own.keys())):
+            names, how = ", ".join((strange or missing)[:3]), "beside" if strange else "missing from"
+            raise ValueError(
+                f"a model folder holds a network as its config describes it; got {names} {how} that: make heads with "
+                "reset_classifier(num_classes), or keep your own network with torch.save(model.state_dict())"
+            )
+
+    def _plain_state(self) -> dict[str, Tensor]:
+        """The state by the names that parameters have without `torch.compile`."""
+        return {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
 
 
 def choose(kind: type[T], config: T | None, given: Mapping[str, Any]) -> T:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.embed import Size, pair
+from vitrail.layers.tokens import mean_tokens
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, choose, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
@@ -64,6 +66,15 @@ VARIANTS: dict[str, ResNetConfig] = {
 }
 
 
+class LastMap(NamedTuple):
+    """What the head takes."""
+
+    map: Tensor
+    """(B, num_features, h, w)"""
+    padding: Tensor | None
+    """(B, h, w) true where a cell stands for nothing but padded pixels; None where no pixel is padded"""
+
+
 class ResNet(Backbone):
     """A residual network of basic blocks; see the module's docstring for its shapes. Takes a config or its fields."""
 
@@ -101,16 +112,18 @@ class ResNet(Backbone):
             states.append(x)
         return states
 
-    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """images (B, C, H, W) -> the last stage's map (B, num_features, h, w); padded pixels count as zeros."""
-        return self._through(images, mask)[-1]
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> LastMap:
+        """images (B, C, H, W) -> the last stage's map; padded pixels count as zeros."""
+        x = self._through(images, mask)[-1]
+        return LastMap(x, None if mask is None else F.adaptive_max_pool2d((~mask).float(), x.shape[-2:]) == 0)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_features, h, w) -> logits (B, K), or (B, num_features) with `pre_logits`."""
-        x = self.head_drop(x.mean(dim=(2, 3)))
-        return x if pre_logits else self.fc(x)
+    def forward_head(self, x: LastMap, pre_logits: bool = False) -> Tensor:
+        """The last map -> logits (B, K), or (B, num_features) with `pre_logits`; the mean is over cells with pixels."""
+        padding = None if x.padding is None else x.padding.flatten(1)
+        pooled = self.head_drop(mean_tokens(x.map.flatten(2).transpose(1, 2), padding))
+        return pooled if pre_logits else self.fc(pooled)
 
-    def forward_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward_heads(self, x: LastMap) -> tuple[Tensor, ...]:
         """A ResNet has one head."""
         return (self.forward_head(x),)
 

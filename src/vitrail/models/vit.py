@@ -189,10 +189,8 @@ class VisionTransformer(Backbone):
         make_norm = partial(NORMS[c.norm], eps=c.norm_eps)
         late = c.global_pool == "avg" if c.fc_norm is None else c.fc_norm
         self.norm = nn.Identity() if late else make_norm(c.embed_dim)
-        self.attn_pool = (
-            AttentionPool(c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, norm=c.norm, norm_eps=c.norm_eps)
-            if c.global_pool == "map" else None
-        )  # fmt: skip
+        pool = partial(AttentionPool, c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, act=c.act, attn=c.attn)
+        self.attn_pool = pool(norm=c.norm, norm_eps=c.norm_eps) if c.global_pool == "map" else None
         self.fc_norm = make_norm(c.embed_dim) if late else nn.Identity()
         self.head_drop = nn.Dropout(c.drop_rate)
         self.head = nn.Linear(c.embed_dim, c.num_classes) if c.num_classes else nn.Identity()
@@ -237,9 +235,8 @@ class VisionTransformer(Backbone):
         x, seen = tokens.x, {}
         bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
         readout = (0,) if self.config.global_pool == "token" else ()
-        layout = Layout(
-            tokens.grid, tokens.prefix, query_index=tokens.cells, key_index=tokens.cells, readout=readout
-        )  # fmt: skip
+        shown = tokens.shown
+        layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=readout)
         for index in range(len(self.blocks))[blocks]:
             x = run_block(self.blocks[index], x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
             if index in taps:
@@ -262,7 +259,7 @@ class VisionTransformer(Backbone):
         if self.attn_pool is None:
             return mean_tokens(x, padding)
         bias = None if padding is None else padding_bias(padding, 0, x.dtype)
-        layout = Layout(tokens.grid, prefix=1, key_prefix=0, key_index=tokens.cells, readout=(0,))
+        layout = Layout(tokens.grid, prefix=1, key_prefix=0, key_index=tokens.shown, readout=(0,))
         return self.attn_pool(x, bias=bias, layout=layout)
 
     def forward_heads(self, x: Tokens) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -75,6 +76,13 @@ class Task(nn.Module, ABC):
 
     def after_step(self, step: int, total: int) -> None:
         """Called after optimiser step `step` (from 1) of `total`; for teachers that follow their students."""
+
+    def save_pretrained(self, path: str | Path, **training: Any) -> Path:
+        """Writes a model folder with all that answering needs, and returns it; by default the backbone's.
+
+        A task with parts of its own beside the backbone overrides this, or they are lost.
+        """
+        return self.backbone.save_pretrained(path, **training)
 
     @property
     def device(self) -> torch.device:
@@ -146,8 +154,9 @@ def pick_device(name: str = "auto") -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in present.items() if there))
-    kind = name.partition(":")[0]
-    if not present.get(kind, False):
+    kind, _, number = name.partition(":")
+    count = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": 1}.get(kind, 0)
+    if not present.get(kind, False) or (number and number not in map(str, range(count))):
         here = ", ".join(kind for kind, there in present.items() if there)
         raise ValueError(f"device must be auto or one that is here ({here}); got {name!r}")
     return torch.device(name)

@@ -37,9 +37,14 @@ class Classify(Task):
 
     def __init__(self, backbone: Backbone, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise TypeError(
+                f"a task takes one of vitrail's networks as it is; got {type(backbone).__name__}: to compile it, "
+                "compile its blocks, `for block in model.blocks: block.compile()`"
+            )
         if backbone.num_classes < 1:
             raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
-        check_names(backbone.classes, backbone.config.num_classes)
+        check_names(backbone.classes, backbone.num_classes, backbone.config.num_classes)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
         self.backbone, self.label_smoothing = backbone, label_smoothing
@@ -136,9 +141,12 @@ def class_names(classes: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(classes) or tuple(f"class {k}" for k in range(count))
 
 
-def check_names(classes: Sequence[str], count: int) -> None:
-    """Raises `ValueError` unless each of `count` logits has a name, or none has."""
-    if classes and len(classes) != count:
+def check_names(classes: Sequence[str], count: int, former: int | None = None) -> None:
+    """Raises `ValueError` unless each of `count` logits has a name, or none has.
+
+    Names of a `former` head, which another was put in the place of, may be left over: they name nothing.
+    """
+    if classes and len(classes) not in (count, former):
         raise ValueError(
             f"class names must be one a logit; got {len(classes)} names for {count} logits: "
             "name them all, or reset_classifier(num_classes) and train the new head"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,9 +35,19 @@ from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
 from vitrail.train.progress import ProgressBar
-from vitrail.train.resume import EpochLoader, Loader, refuse_changes, refuse_unshared, same_kernels, sharing_order, told
+from vitrail.train.resume import (
+    EpochLoader,
+    Loader,
+    refuse_changes,
+    refuse_empty,
+    refuse_unshared,
+    same_kernels,
+    sharing_order,
+    told,
+)
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LOG = logging.getLogger("vitrail")
 DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
@@ -86,17 +97,18 @@ def fit(
     """
     folder = Path(out) if out is not None else None
     checkpoint = starting_point(folder, resume)
-    if not len(train_loader):
-        raise ValueError("training needs at least one batch; the loader has none: add images")
+    refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
+    if folder:
+        task.backbone.check_savable()  # before training, not after it
     record = HistoryLog(LossMeter(1 if device == "cpu" else READ_EVERY), task.monitor, folder)
     ema = WeightEma(task, config.ema) if config.ema else None
     stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
     trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, train_loader)
-    with _quiet(), same_kernels(config.deterministic):
+    with _quiet(), same_kernels(config.deterministic), _own_randomness(device):
         try:
             _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
             stop.heed(trainer)
@@ -105,7 +117,7 @@ def fit(
     if folder:
         _take_best(task, folder / "checkpoints")
         if trainer.is_global_zero:
-            task.backbone.save_pretrained(
+            task.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],
                 **(notes or {}),
             )  # fmt: skip
@@ -126,7 +138,7 @@ class TaskModule(LightningModule):
         if self.record.out and self.trainer.is_global_zero:  # a resumed run has been checked by now
             self.config.to_yaml(self.record.out / "config.yaml")
         self.metrics = self.task.metrics()
-        self.task.train()
+        _train(self.task)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         batch = as_batch(batch)
@@ -148,7 +160,13 @@ class TaskModule(LightningModule):
         losses = self.task(batch)
         parts, epoch = {name: part.detach() for name, part in losses.items()}, self.trainer.current_epoch
         self.record.meter.add(Reading(parts, batch_count(batch), epoch, batch_idx, self.learning_rate()))
-        return losses["loss"]
+        return losses["loss"] * self._share(batch_idx)
+
+    def _share(self, batch_idx: int) -> float:
+        """Lightning divides by `accumulate`; the batches left over at an epoch's end are fewer, and divide by less."""
+        planned = self.config.accumulate
+        first = batch_idx // planned * planned
+        return planned / min(planned, self.batches_per_epoch - first)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -172,7 +190,7 @@ class TaskModule(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group.get("lr_scale", 1.0)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.task.after_step(self.trainer.global_step + 1, self.config.epochs * self.steps_per_epoch)
 
@@ -219,11 +237,41 @@ def _machine(config: TrainConfig) -> str:
     """`cpu`, `cuda` or `mps`. Raises `ValueError` where it is not here, or cannot do what was asked for."""
     device = pick_device(config.device).type
     require(device != "cpu" or config.precision != "fp16", "precision", "be fp32 or bf16 on the CPU", "fp16")
+    _refuse_strangers(config.devices * config.num_nodes)
     here = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, config.devices)
     require(
         config.devices <= here, "devices", f"be at most {here}, the number of {device} devices here", config.devices
     )
     return device
+
+
+def _refuse_strangers(wanted: int) -> None:
+    """Raises `ValueError` where a launcher started other processes than the run is to have: each would train alone."""
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        started = int(os.environ.get(name, wanted))
+        if started > 1 and started != wanted:
+            raise ValueError(
+                f"--devices times --num-nodes must be the number of processes that were started; got {wanted} where "
+                f"{name} is {started}: give --devices (processes on one machine) and --num-nodes"
+            )
+
+
+def _train(task: Task) -> None:
+    """Training mode, but for parts that were frozen and put in evaluation mode, such as norms that keep their means."""
+    frozen = [
+        part for part in task.modules()
+        if not part.training and (own := list(part.parameters())) and not any(p.requires_grad for p in own)
+    ]  # fmt: skip
+    task.train()
+    for part in frozen:
+        part.eval()
+
+
+@contextmanager
+def _own_randomness(device: str) -> Iterator[None]:
+    """What the seeds of batches do to the global generators is undone afterwards."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
+        yield
 
 
 def _callbacks(
@@ -251,7 +299,7 @@ def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder
 def _open_folder(folder: Path, loader: Loader) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(sharing_order(loader), OrderedBatches):
-        print("this loader has an order of its own: a resumed run will not repeat it bit for bit")
+        LOG.warning("this loader has an order of its own: a resumed run will not repeat it bit for bit")
 
 
 def _run(

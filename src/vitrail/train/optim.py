@@ -60,12 +60,18 @@ def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Op
     """AdamW over all trainable parameters of the task: one group with weight decay and one without.
 
     Decay leaves alone every parameter of fewer than two dimensions and those named by `task.no_weight_decay()`.
-    `fused` runs the update as one kernel where the device has it. Raises `ValueError` if nothing can be trained.
+    `fused` runs the update as one kernel where the device has it. A group may hold `lr_scale`, a factor of the
+    schedule's learning rate. Raises `ValueError` if nothing can be trained, or if an exempt name is no parameter's.
     """
     trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("a task to be trained needs a parameter that is not frozen; got none: unfreeze its head")
     exempt = task.no_weight_decay()
+    if strange := exempt - {name for name, _ in task.named_parameters()}:
+        raise ValueError(
+            f"no_weight_decay must name parameters of the task; got {', '.join(sorted(strange)[:3])}: something wraps "
+            "the backbone and renames them; wrap its blocks instead"
+        )
     plain = [p for name, p in trainable if p.ndim < 2 or name in exempt]
     decayed = [p for name, p in trainable if p.ndim >= 2 and name not in exempt]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

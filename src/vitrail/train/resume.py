@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from vitrail.data.loading import OrderedBatches
 from vitrail.train.config import TrainConfig
 
+LOG = logging.getLogger("vitrail")
 FREE = frozenset({
     "out", "data_dir", "download", "in_memory", "workers", "device", "deterministic",
     "log", "checkpoint_every", "patience", "max_minutes", "epochs",
@@ -44,7 +47,8 @@ class Loader(Protocol):
 class EpochLoader:
     """A loader as Lightning sees it: something with a length to iterate, whose sampler it leaves alone.
 
-    A pass begins in the epoch and at the batch where the trainer stands when the first batch is asked for.
+    A pass begins in the epoch and at the batch where the trainer stands when the first batch is asked for; what a
+    loader with an order of its own gives before that batch is passed over.
     """
 
     def __init__(self, loader: Loader, trainer: Trainer) -> None:
@@ -55,11 +59,13 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[Any]:
         order, epoch = sharing_order(self.loader), self.trainer.current_epoch
+        start = self.trainer.fit_loop.batch_idx + 1 if self.trainer.training else 0
         if self.trainer.training and isinstance(order, OrderedBatches):
-            order.set_epoch(epoch, self.trainer.fit_loop.batch_idx + 1)
+            order.set_epoch(epoch, start)
+            start = 0
         elif self.trainer.training and order is not None:
             order.set_epoch(epoch)
-        yield from self.loader
+        yield from islice(self.loader, start, None)
 
 
 def sharing_order(loader: Loader) -> OrderedBatches | DistributedSampler[Any] | None:
@@ -71,6 +77,22 @@ def sharing_order(loader: Loader) -> OrderedBatches | DistributedSampler[Any] | 
         if isinstance(order, OrderedBatches | DistributedSampler):
             return order
     return None
+
+
+def refuse_empty(train_loader: Loader, val_loader: Loader | None) -> None:
+    """Raises `ValueError` for a loader without batches, or without a length."""
+    for what, loader in (("training", train_loader), ("validation", val_loader)):
+        if loader is None:
+            continue
+        try:
+            count = len(loader)
+        except TypeError:
+            raise ValueError(
+                f"{what} needs a loader that knows its number of batches; got {_described(loader)} without a length: "
+                "give its data set a __len__"
+            ) from None
+        if not count:
+            raise ValueError(f"{what} needs at least one batch; the loader has none: add images")
 
 
 def refuse_unshared(loader: Loader, config: TrainConfig) -> None:
@@ -108,10 +130,10 @@ def refuse_changes(before: Mapping[str, Any], config: TrainConfig) -> None:
             f"a resumed run must be told what it was told before; {said}: take the old values, or a new --out"
         )
     if "epochs" in changed:
-        print(
-            f"--epochs was {before['epochs']} and is {config.epochs}: from here on the learning rate follows the "
-            f"schedule of {config.epochs}"
-        )
+        LOG.warning(
+            "--epochs was %d and is %d: from here on the learning rate follows the schedule of %d",
+            before["epochs"], config.epochs, config.epochs,
+        )  # fmt: skip
 
 
 @contextmanager
