@@ -400,7 +400,9 @@ def test_the_installed_script():
     ("train --model vit_tinny --data folder:{photos} --out {tmp}", "'vit_tinny'; the nearest are vit_tiny,"),
     ("train --model resnet_debug --drop-path 0.1 --data folder:{photos} --out {tmp}", "takes no --drop-path; got 0.1"),
     ("eval {run}", "vitrail eval needs --data; see vitrail eval --help"),
-    ("eval {run} --data folder:{photos} --split tset", "split must be train, val or test; got 'tset'"),
+    ("eval {run} --data folder:{photos} --split tset", "--split must be one of train, val, test; got 'tset': did you"),
+    ("train --seed 1000000000000000000000000000000", "--seed must lie in 0 to 2**63 - 1; got 1000"),
+    ("train --mixup 1e-300", "--mixup must be 0 (off) or lie in [0.001, 1000]; got 1e-300"),
     ("predict", "vitrail predict needs images"),
     ("predict {photos}", "{photos}: the folder holds no image file (.bmp, "),
     ("predict {photos}/dark/O.png --model {run}", "there is no {photos}/dark/O.png; the nearest is {photos}/dark/"),
@@ -478,6 +480,30 @@ def test_answers_are_printed_as_their_batch_is_done(run: Path, photos: Path, tmp
     (tmp_path / "z.png").write_text("no image")
     out, err = said("predict", tmp_path, "--model", run, code=2)
     assert (len(out.splitlines()), err.count("\n")) == (32, 1)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127]\nDefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB."), MemoryError(),
+])  # fmt: skip
+def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch, said: Said):
+    def greedy() -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "models", greedy)
+    out, err = said("models", code=2)
+    assert err.startswith("error: there is too little memory: a smaller --batch-size, --img-size or model needs less (")
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setitem(COMMANDS, "models", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        main(["models"])
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, said: Said):

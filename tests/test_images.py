@@ -54,10 +54,27 @@ def test_an_opened_picture_is_turned_as_its_file_is(tmp_path, orientation):
     assert torch.equal(to_pixels(open_image(tmp_path / "a.png")), turned)  # once, not twice
 
 
-def test_sixteen_bits_are_scaled_linearly(tmp_path):
-    values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    assert abs(read_image(tmp_path / "a.png").float().mean() / 255 - values.mean() / 65535) < 1e-3
+@pytest.mark.parametrize(("name", "order"), [("a.png", "<"), ("a.tif", "<"), ("a.tif", ">")])
+def test_sixteen_bits_are_scaled_linearly(tmp_path, name, order):
+    values = np.linspace(0, 65535, 64).round().astype(f"{order}u2").reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / name)
+    assert abs(read_image(tmp_path / name).float().mean() / 255 - values.mean() / 65535) < 1e-3
+
+
+def test_floats_in_a_file_are_taken_as_in_an_array(tmp_path):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert torch.equal(read_image(tmp_path / "a.tif"), to_pixels(values))
+    Image.fromarray(values * 255).save(tmp_path / "b.tif")
+    with pytest.raises(ImageError, match=r"b\.tif: a float image must lie in \[0, 1\]; got 0 … 255: divide by 255"):
+        read_image(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16])
+def test_whole_numbers_without_a_known_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.arange(64, dtype=dtype).reshape(8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"a\.tif: an image must be uint8 or float; got .*int32: scale it to 0 … 255"):
+        read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])

@@ -101,6 +101,26 @@ def test_names_that_are_not_one_a_logit_are_refused(model: Backbone, names: list
         Classify(other)
 
 
+def test_a_head_put_in_by_hand_counts():
+    model = build_model("vit_debug", depth=1)
+    model.head, model.classes = nn.Linear(48, 3), ("a", "b", "c")
+    for kind in (Predictor, ViTClassifier):
+        assert kind(model).predict(pixels()).label in "abc"
+    bare = build_model("vit_debug", depth=1, num_classes=0)
+    bare.head = nn.Linear(48, 2)
+    assert len(ViTClassifier(bare).predict(pixels()).top) == 2
+
+
+def test_features_are_not_taken_for_logits():
+    bare, taken = build_model("vit_debug", depth=1, num_classes=0), build_model("vit_debug", depth=1)
+    taken.head = nn.Identity()
+    for model in (bare, taken):
+        for answer in (lambda: ViTClassifier(model), lambda: Predictor(model).predict(pixels())):  # noqa: B023
+            with pytest.raises(ValueError, match="num_classes of at least 1; got 0: call reset_classifier"):
+                answer()
+        assert Predictor(model).look(pixels())[1].shape == (1, 3, 32, 32)
+
+
 def test_batched_equals_single(model: Backbone):
     predictor = Predictor(model)
     images = [pixels(30 + i, 60 - i, seed=i) for i in range(7)]
@@ -164,5 +184,3 @@ def test_wrong_arguments_are_refused(model: Backbone):
         Predictor(model).predict(pixels(), top=0)
     with pytest.raises(ValueError, match="device must be auto or one that is here"):
         Predictor(model, device="tpu")
-    with pytest.raises(ValueError, match="num_classes of at least 1; got 0"):
-        ViTClassifier(build_model("vit_debug", num_classes=0))

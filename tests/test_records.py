@@ -192,9 +192,10 @@ def test_history_gives_one_figure_over_the_epochs_that_have_it() -> None:
     assert history()["acc"] == [0.5, 0.7, 0.7]
 
 
-def test_the_best_row_is_the_earliest_of_equals() -> None:
-    assert history().best("acc")["epoch"] == 3
-    assert history().best("loss", "min")["epoch"] == 2
+def test_the_best_row_is_the_last_of_equals() -> None:
+    assert history().best("acc")["epoch"] == 4
+    assert history().best("loss", "min")["epoch"] == 4
+    assert history().best("loss")["epoch"] == 1
 
 
 def test_an_epoch_without_a_figure_that_is_a_number_is_never_the_best() -> None:

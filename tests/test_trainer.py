@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail.data.datasets import load_splits
 from vitrail.data.imagesets import ImageSet, Splits, TensorSet
 from vitrail.data.loading import make_loader
-from vitrail.data.transforms import eval_transform
+from vitrail.data.transforms import RandomResizedCrop, eval_transform
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.models.vit import ViTConfig
@@ -106,7 +106,7 @@ def test_evaluation_draws_the_parts_as_training_did(run: Path, config: TrainConf
 
 def test_evaluation_of_another_part(run: Path, config: TrainConfig):
     assert evaluate_model(run, data=config.data, split="train", device="cpu")["confusion"].sum() == 4
-    with pytest.raises(ValueError, match="split must be train, val or test; got 'all'"):
+    with pytest.raises(ValueError, match="--split must be one of train, val, test; got 'all'"):
         evaluate_model(run, data=config.data, split="all")
 
 
@@ -124,6 +124,67 @@ def test_the_same_seed_gives_the_same_model(run: Path, config: TrainConfig, tmp_
     run_training(replace(config, out=str(tmp_path / "again")))
     one, two = load_model(run).state_dict(), load_model(tmp_path / "again").state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- what a config asks for is what is trained
+
+
+class Stop(Exception):
+    """Ends a run where its training would begin."""
+
+
+@pytest.fixture
+def wiring(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `run_training` hands to `fit`, which does not run."""
+    handed: dict[str, Any] = {}
+
+    def taken(task: Any, train: Any, val: Any, config: TrainConfig, **others: Any) -> None:
+        handed.update(task=task, train=train, val=val, config=config, **others)
+        raise Stop
+
+    monkeypatch.setattr("vitrail.trainer.fit", taken)
+    return handed
+
+
+def test_training_is_wired_as_the_config_says(config: TrainConfig, wiring: dict[str, Any], tmp_path: Path):
+    asked = replace(
+        config, out=str(tmp_path / "run"), workers=2, batch_size=3, crop="resized", crop_scale=0.3, mixup=0.4, erase=0.2
+    )
+    with pytest.raises(Stop):
+        run_training(asked)
+    splits, train, val, augment = load_splits(asked), wiring["train"], wiring["val"], wiring["augment"]
+    for loader, images, shuffled in ((train, splits.train, True), (val, splits.val, False)):
+        assert (loader.dataset.images.ids, loader.num_workers, loader.dataset.seed) == (images.ids, 2, asked.seed)
+        order = loader.batch_sampler
+        assert (order.shuffle, order.batch_size, order.seed) == (shuffled, 3, asked.seed)
+    preprocess = splits.preprocess()
+    assert train.dataset.transform == RandomResizedCrop(preprocess, 0.3)
+    assert val.dataset.transform == eval_transform(preprocess)
+    assert wiring["task"].label_smoothing == asked.label_smoothing == 0.1
+    assert (augment.config, augment.preprocess, augment.num_classes) == (asked, preprocess, 2)
+    assert (wiring["config"], wiring["out"], wiring["resume"]) == (asked, Path(asked.out), False)
+    assert wiring["notes"] == {"drawn": splits.digests()}
+
+
+@pytest.mark.usefixtures("wiring")
+def test_settings_that_do_nothing_are_told(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """`crop` stands for what it is at the images' size."""
+    with pytest.raises(Stop):
+        run_training(replace(config, out=str(tmp_path), crop_scale=0.5, rand_ops=3, pad_mode="reflect", patience=1))
+    idle = "--crop-scale needs --crop resized; --rand-ops needs --auto-augment rand"
+    assert caplog.messages == [f"these settings do nothing here: {idle}"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"devices": 3, "val_fraction": 0.2}, "every process needs an image; got 2 for 3: start fewer"),
+    ({"devices": 3, "batch_size": 1}, "got 4 images one at a time for 3: take a batch_size of 2 or more"),
+])  # fmt: skip
+def test_parts_that_cannot_be_shared_are_refused_before_training(
+    config: TrainConfig, wiring: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        run_training(replace(config, out=str(tmp_path), **changes))
+    assert not wiring
 
 
 # ---- what was held out stays so
@@ -162,20 +223,17 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return seen
 
 
-def test_no_held_out_image_is_ever_trained_on(
-    own: TrainConfig, trained_on: set[str], capsys: pytest.CaptureFixture[str]
-):
+def test_no_held_out_image_is_ever_trained_on(own: TrainConfig, trained_on: set[str], caplog: pytest.LogCaptureFixture):
     run_training(own)
     before, statistics = drawn(own), load_model(own.out).preprocess
     held_out = {*before["val"], *before["test"]}
     add_photos(own)
     fresh = load_splits(own)
     assert {*fresh.val.ids, *fresh.test.ids} != held_out, "a draw anew is another one"
-    capsys.readouterr()
     resume_training(own.out, replace(own, epochs=2))
     assert not trained_on & held_out
     assert len([name for name in trained_on if "new" in name]) == 12
-    assert "has +12 images since its parts were drawn; new ones are for training" in capsys.readouterr().err
+    assert f"{own.data} has +12 images since its parts were drawn; new ones are for training" in caplog.messages
     assert drawn(own) == before
     assert json.loads((Path(own.out) / "splits.json").read_text())["counts"]["train"] == {"bright": 2, "dark": 14}
     assert load_model(own.out).preprocess == statistics
@@ -297,6 +355,13 @@ def test_a_short_name_is_completed_and_said(caplog: pytest.LogCaptureFixture):
     assert len(caplog.messages) == 1
 
 
+def test_no_generator_is_left_seeded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the generators of all GPUs were seeded"))
+    splits, before = some_splits(), torch.get_rng_state()
+    make_model(TrainConfig(model="vit_debug"), splits)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_fits_its_images():
     splits = some_splits(channels=5)
     model = make_model(TrainConfig(model="vit_debug", img_size=48, drop_path=0.2, drop_rate=0.1), splits)
@@ -352,12 +417,13 @@ def test_a_config_and_plain_loaders():
     assert trained == pytest.approx(history["val_accuracy"][-1])
 
 
-def test_ready_images_leave_no_preprocessing(tmp_path: Path):
+SILENT = "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
+
+
+def test_ready_images_leave_no_preprocessing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Nobody said how they were normalised: pictures are refused, ready images still pass."""
-    with pytest.warns(
-        UserWarning, match="saved without preprocessing, since its images came ready: give ViTTrainer pre"
-    ):
-        ViTTrainer(TINY, device="cpu", out=tmp_path / "run").train(plain_loader(), epochs=1)
+    ViTTrainer(TINY, device="cpu", out=tmp_path / "run").train(plain_loader(), epochs=1)
+    assert SILENT in caplog.messages
     model, picture = load_model(tmp_path / "run"), torch.zeros(3, 8, 8, dtype=torch.uint8)
     assert not model.preprocess.known
     with pytest.raises(ValueError, match="ready images does not know how they were normalised; .* give preprocess="):
@@ -366,21 +432,40 @@ def test_ready_images_leave_no_preprocessing(tmp_path: Path):
     assert evaluate(Classify(model), plain_loader())["loss"].isfinite()
 
 
-@pytest.mark.filterwarnings("error")
-def test_what_was_said_of_ready_images_is_saved(tmp_path: Path):
+def test_what_was_said_of_ready_images_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     said = Preprocess(img_size=(8, 8), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     ViTTrainer(TINY, preprocess=said, classes="abc", device="cpu", out=tmp_path / "run").train(plain_loader(), epochs=1)
     model = load_model(tmp_path / "run")
+    assert SILENT not in caplog.messages
     assert (model.preprocess, model.classes) == (said, ("a", "b", "c"))
     with pytest.raises(ValueError, match="got 2 names for 3 logits"):
         ViTTrainer(TINY, classes=("a", "b"))
 
 
-@pytest.mark.filterwarnings("error")
-def test_raw_images_need_no_word(tmp_path: Path):
+def test_raw_images_need_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     raw = [{"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "label": torch.tensor([0, 1])}]
     ViTTrainer(TINY, device="cpu", out=tmp_path / "run").train(raw, epochs=1)
     assert Predictor(load_model(tmp_path / "run")).predict(raw[0]["image"][0]).label
+    assert SILENT not in caplog.messages
+
+
+def test_a_head_put_in_by_hand_is_named(tmp_path: Path):
+    model = tiny()
+    model.head = nn.Linear(16, 5)
+    assert ViTTrainer(model, classes="abcde").model.classes == tuple("abcde")
+    with pytest.raises(ValueError, match="got 3 names for 5 logits"):
+        ViTTrainer(model, classes="abc")
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_settings_that_do_nothing_are_told_of(out: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trainer = ViTTrainer(
+        TINY, device="cpu", out=tmp_path / "run" if out else None, preprocess=Preprocess(img_size=(8, 8))
+    )
+    trainer.train(plain_loader(), plain_loader() if out else None, epochs=1, checkpoint_every=1, patience=1)
+    idle = "--checkpoint-every needs a folder to write to (out); --patience needs validation images"
+    told = [message for message in caplog.messages if "do nothing" in message]
+    assert told == ([] if out else [f"these settings do nothing here: {idle}"])
 
 
 def test_no_validation_and_a_folder(tmp_path: Path):

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """where launchers say which of several processes this one is"""
+NO_MEMORY = "can't allocate memory|out of memory|not enough memory"
+"""what torch says on a CPU and on an accelerator"""
 SHIPPED = "bloodcells"
 """the model that answers when none is named"""
 Model = Annotated[str, "a run folder, a model folder, or a shipped model's name"]
@@ -153,6 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ValueError as error:
         _say(f"error: {error}")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        _say(f"error: there is too little memory: a smaller --batch-size, --img-size or model needs less ({error})")
         return 2
     except KeyboardInterrupt as stop:
         return _stopped(stop)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-import os
 import re
 import secrets
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitrail.files import flush
 from vitrail.names import is_printable, nearest, shortened
 from vitrail.records import ModelCard
 
@@ -53,6 +53,9 @@ WORDS: dict[Kind, str] = {
     dict: "an object", list: "a list", bool: "true or false", str: "text", int: "a whole number",
     (int, float): "a number",
 }  # fmt: skip
+
+
+LOG = logging.getLogger("vitrail")
 
 
 class FolderError(ValueError):
@@ -82,7 +85,7 @@ def write_folder(
         (fresh / CONFIG).write_text(config, encoding="utf-8")
         (fresh / MANIFEST).write_text(_manifest(fresh), encoding="utf-8")
         for part in (*fresh.iterdir(), fresh):
-            _flush(part)
+            flush(part)
         _put_in_place(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -108,7 +111,7 @@ def _put_in_place(fresh: Path, target: Path) -> None:
     except OSError:
         old.rename(target) if old.exists() else None
         raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -182,17 +185,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Onto the disk. Windows opens no folders, and needs it less."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---- finding
 
 
@@ -242,7 +234,8 @@ def read_card(path: Path) -> ModelCard:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a model folder on the CPU, in the type they are stored in, checked against its manifest.
 
-    Raises `FolderError` where the file is missing or damaged; warns where there is no manifest to check it by.
+    Raises `FolderError` where the file is missing or damaged; where there is no manifest to check it by, the logger
+    `vitrail` is told.
     """
     _verify(path, WEIGHTS)
     file = path / WEIGHTS
@@ -258,7 +251,7 @@ def _verify(path: Path, name: str) -> None:
     if not file.is_file():
         raise FolderError(f"{file}: there is no such file, and a model folder needs it: fetch or write the model again")
     if not (path / MANIFEST).is_file():
-        warnings.warn(f"{file}: integrity unchecked, since there is no {MANIFEST}", UserWarning, stacklevel=3)
+        LOG.warning("%s: integrity unchecked, since there is no %s", file, MANIFEST)
         return
     size, digest = _expected(path / MANIFEST, name)
     mend = "fetch or write the model again"

@@ -82,11 +82,15 @@ def _named(name: str) -> Iterator[None]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, upright by its EXIF orientation, transparency laid on white.
 
-    16-bit greys are scaled linearly, where a plain conversion would cut them off at 255.
+    A plain conversion would cut greys of more than 8 bits off at 255. Here 16-bit ones (`I;16`) are scaled linearly,
+    and 32-bit ones are taken as arrays are: floats (`F`) lie in [0, 1], and whole numbers (`I`), which may mean any
+    range, raise `ValueError`, as floats outside it do.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_to_bytes(torch.from_numpy(np.array(image))).numpy())
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -94,7 +98,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow picture of any mode -> uint8 (3, H, W), upright. Raises `ImageError` where its file is damaged."""
+    """A Pillow picture -> uint8 (3, H, W), upright.
+
+    Raises `ImageError` where its file is damaged, and where `to_rgb` refuses its values.
+    """
     with _named("the given picture"):
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous()
 

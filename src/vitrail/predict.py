@@ -29,7 +29,8 @@ class Predictor:
 
     `model` maps (B, C, h, w) to logits (B, K). A vitrail model brings `preprocess` and `classes`; any other network
     needs `preprocess`. The model is moved to `device`; None leaves it where it is. Raises `ValueError` without
-    `preprocess`, for class names that are not one a logit, and for a device that is not here.
+    `preprocess`, for class names that are not one a logit, and for a device that is not here. A backbone without a head
+    may be looked into, but gives no answers.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Predictor:
     ) -> None:
         if isinstance(model, Backbone):
             preprocess, classes = preprocess or model.preprocess, classes or model.classes
-            check_names(classes, model.config.num_classes)
+            check_names(classes, model.num_classes)
         if preprocess is None:
             raise ValueError(
                 f"a network that is not vitrail's needs its preprocess; got {type(model).__name__} alone: "
@@ -94,8 +95,9 @@ class Predictor:
     def answer(self, logits: Tensor, ids: Sequence[str] | None = None, top: int = 5) -> list[Classification]:
         """logits (B, K) in words; classes without names are `class 0`, `class 1`, …
 
-        Raises `ValueError` where the names are not one a logit.
+        Raises `ValueError` where the names are not one a logit, and for a backbone without a head, which has none.
         """
+        _check_head(self.model)
         check_names(self.classes, logits.shape[-1])
         return answers(logits, class_names(self.classes, logits.shape[-1]), ids, top)
 
@@ -127,6 +129,11 @@ class ViTClassifier(Predictor):
     model: Backbone
 
     def __init__(self, model: Backbone, *, device: str | None = None) -> None:
-        if model.config.num_classes < 1:
-            raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
+        _check_head(model)
         super().__init__(model, device=device)
+
+
+def _check_head(model: nn.Module) -> None:
+    """Without one, features would be taken for logits."""
+    if isinstance(model, Backbone) and model.num_classes < 1:
+        raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")

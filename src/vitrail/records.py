@@ -259,9 +259,12 @@ class History:
         return [row[name] for row in self._having(name)]
 
     def best(self, name: str, mode: Literal["max", "min"] = "max") -> dict[str, float]:
-        """The row with the best `name`, the earliest of equals, NaN last. Raises `KeyError` where no row has it."""
+        """The row with the best `name`, of equals the last, which has learnt longest; NaN is never before a number.
+
+        Raises `KeyError` where no row has it.
+        """
         sign = 1 if mode == "max" else -1
-        return max(self._having(name), key=lambda row: (not math.isnan(row[name]), sign * row[name]))
+        return max(reversed(self._having(name)), key=lambda row: (not math.isnan(row[name]), sign * row[name]))
 
     def _having(self, name: str) -> list[dict[str, float]]:
         rows = [row for row in self.rows if name in row]

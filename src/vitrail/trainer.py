@@ -6,10 +6,9 @@ TrainConfig ── run_training ──> runs/NAME/  config.yaml  history.csv  ch
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
@@ -20,26 +19,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitrail.data.augment import AugmentConfig, BatchAugment
+from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
 from vitrail.data.datasets import DataConfig, DataError, describe, load_splits
 from vitrail.data.imagesets import Splits
-from vitrail.data.loading import make_loader
+from vitrail.data.loading import OrderedBatches, make_loader
 from vitrail.data.transforms import eval_transform, train_transform
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
-from vitrail.names import TRAIN_SPELLINGS, normalise_kwargs
+from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs
 from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
-from vitrail.train.config import TrainConfig
+from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import fit, starting_point
 from vitrail.train.resume import Loader
 from vitrail.weights.load import SHIPPED, create_model, load_model, say_row
 
+LOG = logging.getLogger("vitrail")
 DEMO = files("vitrail") / "assets" / "demo.yaml"
 RUN = (
     "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html", "checkpoints", "model", "tensorboard",
@@ -56,7 +56,8 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
 
     With `resume` the folder's last checkpoint is gone on with, and no image that was held out is trained on: parts that
     were drawn stay, new images are trained on. The demo's recipe replaces its own former run. Raises `ValueError` as
-    `fit` does, for a model that lacks what `config` asks of it, and for held-out images that are gone, naming them.
+    `fit` does, for a model that lacks what `config` asks of it, for held-out images that are gone, naming them, and for
+    parts of the data that the processes cannot share. The logger `vitrail` is told of settings that do nothing here.
     """
     out = Path(config.out)
     if not resume and config == demo_config(config.out):
@@ -68,7 +69,9 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     if former and list(splits.classes) != former["classes"]:
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
+    _check_shares(splits, config)
     model = make_model(config, splits)
+    say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
     if former and "preprocess" in former:  # statistics of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"])
     task = Classify(model, config.label_smoothing)
@@ -120,10 +123,15 @@ def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
     splits = load_splits(config, former["drawn"])
     more = len(splits.train) - sum(former["counts"]["train"].values())
     if more and splits.drawn:
-        print(
-            f"{config.data} has {more:+} images since its parts were drawn; new ones are for training", file=sys.stderr
-        )
+        LOG.warning("%s has %+d images since its parts were drawn; new ones are for training", config.data, more)
     return splits
+
+
+def _check_shares(splits: Splits, config: TrainConfig) -> None:
+    """Raises `ValueError` before training for what would end an evaluation after it: see `OrderedBatches`."""
+    for images in (splits.val, splits.test):
+        world = config.devices * config.num_nodes
+        len(OrderedBatches(len(images), config.batch_size, shuffle=False, rank=0, world=world))
 
 
 def _clear_demo(out: Path) -> None:
@@ -161,11 +169,12 @@ def make_model(config: TrainConfig, splits: Splits) -> Backbone:
     preprocess = splits.preprocess(config.img_size)
     row = resolve_name(config.model, min(preprocess.img_size))
     say_row(config.model, row, min(preprocess.img_size))
-    torch.manual_seed(config.seed)
-    model = create_model(
-        row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
-        **_dropouts(row, config),
-    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone, where weights are drawn
+        model = create_model(
+            row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
+            **_dropouts(row, config),
+        )  # fmt: skip
     model.preprocess, model.classes, model.images = preprocess, splits.classes, describe(splits)
     return model
 
@@ -198,8 +207,7 @@ def evaluate_model(
     Where the data names no such part, it is drawn as it was for the model's own training, so that no image that the
     model was trained on is among it. Raises `ValueError` where the data has other classes than the model, naming both.
     """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split must be train, val or test; got {split!r}")
+    check_choice("--split", split, ("train", "val", "test"))
     model = load_model(name).to(pick_device(device))
     config = DataConfig(
         data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size)
@@ -271,7 +279,7 @@ class ViTTrainer:
         data: str = "loaders of one's own",
     ) -> None:
         self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
-        check_names(classes, self.model.config.num_classes)
+        check_names(classes, self.model.num_classes)
         self.model.classes = tuple(classes) or self.model.classes
         self._told = preprocess is not None or not _as_constructed(self.model)
         self.model.preprocess = preprocess or self.model.preprocess
@@ -295,12 +303,12 @@ class ViTTrainer:
             )
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
+        say_idle(config, kept=out is not None, validated=val_loader is not None)
         task = Classify(self.model, config.label_smoothing)
         history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
         if out and not self.model.preprocess.known:
-            warnings.warn(
-                "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess=",
-                stacklevel=2,
+            LOG.warning(
+                "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
             )
         held_out = val_loader if test_loader is None else test_loader
         if out and held_out is not None:

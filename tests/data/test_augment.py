@@ -212,8 +212,28 @@ def test_a_target_of_the_whole_image_may_stay():
 
 def test_a_batch_without_images_passes():
     view = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    done = augment(batch=Batch(views=[view], text=["a", "b"]))
+    done = augment(batch=Batch(views=[view], text=["a", "b"]), **STILL)
     torch.testing.assert_close(done["views"][0], SMALL.normalise(view))
+
+
+@pytest.mark.parametrize(("settings", "flag"), [
+    ({"flip": 1.0}, "--flip"), ({"flip_vertical": 1.0}, "--flip-vertical"), ({"crop": "pad"}, "--crop"),
+    ({"auto_augment": "rand"}, "--auto-augment"), ({"color_jitter": 0.4}, "--color-jitter"),
+    ({"erase": 1.0}, "--erase"), ({"mixup": 1.0}, "--mixup"), ({"cutmix": 1.0}, "--cutmix"),
+])  # fmt: skip
+def test_views_that_would_stay_as_they_are_are_refused(settings, flag):
+    view = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    message = f"views are taken as they are; {flag} would not vary them: switch off what is named"
+    for batch in (Batch(views=[view]), Batch(views=[torch.rand(2, 3, 16, 16), view], **raw(2))):
+        with pytest.raises(ValueError, match=message):
+            augment(batch=batch, **(STILL | settings))
+
+
+def test_ready_views_are_only_not_mixed():
+    batch = Batch(views=[torch.rand(2, 3, 16, 16)])
+    assert augment(batch=batch, flip=1.0, erase=1.0)["views"][0] is batch["views"][0]
+    with pytest.raises(ValueError, match="--mixup would not vary them"):
+        augment(batch=batch, mixup=1.0)
 
 
 # ---- frames
@@ -309,7 +329,9 @@ def test_other_numbers_of_channels(channels):
         ({"crop_scale": math.nan}, "--crop-scale must lie"),
         ({"rand_ops": 0}, "--rand-ops must be at least 1"),
         ({"rand_magnitude": 31}, "--rand-magnitude must lie in 0 to 30; got 31"),
-        ({"mixup": -1}, r"--mixup must be 0 \(off\) or more; got -1"),
+        ({"mixup": -1}, r"--mixup must be 0 \(off\) or lie in \[0.001, 1000\]; got -1"),
+        ({"mixup": 1e-300}, "--mixup must be .*; got 1e-300"),
+        ({"cutmix": 1e300}, r"--cutmix must be .*; got 1e\+300"),
         ({"mixup": math.nan}, "--mixup must be"),
         ({"cutmix": math.nan}, "--cutmix must be"),
         ({"cutmix": math.inf}, "--cutmix must be"),
@@ -318,6 +340,12 @@ def test_other_numbers_of_channels(channels):
 def test_a_config_says_what_is_wrong(values, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**values)
+
+
+def test_the_least_and_the_most_mixing_are_possible():
+    batch = Batch(image=torch.rand(4, 3, 16, 16), label=torch.arange(4))
+    for alpha in (1e-3, 1e3):
+        assert augment(batch=batch, mixup=alpha)["image"].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def test_named_parts_are_taken(make_folder, name):
     assert splits.drawn == ()
 
 
+def test_a_part_in_two_folders_is_refused(make_folder):
+    root = make_folder("train/cat", "train/dog", "val/cat", "valid/cat")
+    with pytest.raises(
+        DataError, match="must have one folder for val; it has val and valid: join them, or move one aw"
+    ):
+        load_splits(config(root))
+
+
 def test_what_a_folder_lacks(make_folder):
     root = make_folder("train/cat", "train/dog", "test/cat", "test/dog", count=5)
     assert load_splits(config(root)).drawn == ("val",)
@@ -217,7 +225,7 @@ def test_too_few_images_to_draw_from(make_folder):
         ({"data": "cifar10:x"}, "did you mean cifar10"),
         ({"batch_size": 0}, "--batch-size must be at least 1; got 0"),
         ({"workers": -1}, "--workers must be at least 0"),
-        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": -1}, r"--seed must lie in 0 to 2\*\*63 - 1; got -1"),
         ({"img_size": 0}, "--img-size must be at least 1"),
         ({"val_fraction": 0.5}, "--val-fraction must lie between 0 and 0.5"),
         ({"val_fraction": math.nan}, "--val-fraction must lie"),

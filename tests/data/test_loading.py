@@ -27,14 +27,14 @@ def rows(batches: OrderedBatches) -> list[list[int]]:
     epoch=st.integers(0, 5),
 )  # fmt: skip
 def test_shards_do_not_overlap(count, batch_size, world, shuffle, epoch):
-    assume(count >= world or not shuffle)
+    assume(count >= world and (shuffle or batch_size > 1 or count % world == 0))
     shards = []
     for rank in range(world):
         order = OrderedBatches(count, batch_size, shuffle=shuffle, seed=7, rank=rank, world=world)
         order.set_epoch(epoch)
         batches = rows(order)
         assert all(len(batch) <= batch_size for batch in batches)
-        assert len(batches) == len(order) or (count < world * len(order) and not shuffle)
+        assert len(batches) == len(order) and all(batches)
         shards.append([row for batch in batches for row in batch])
     drawn = [row for shard in shards for row in shard]
     assert len(set(drawn)) == len(drawn)
@@ -52,12 +52,20 @@ def test_the_place_comes_from_torch_distributed(monkeypatch):
     assert len(order) == 3
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_make_equally_many_steps_in_evaluation(world):
-    for count in range(2 * world, 60):
-        orders = [OrderedBatches(count, 4, shuffle=False, rank=rank, world=world) for rank in range(world)]
-        assert len({len(rows(order)) for order in orders}) == 1
-        assert all(batch for order in orders for batch in rows(order))
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_processes_make_equally_many_steps_in_evaluation(world, batch_size):
+    for count in range(1, 40):
+        orders = [OrderedBatches(count, batch_size, shuffle=False, rank=rank, world=world) for rank in range(world)]
+        if count < world or (batch_size == 1 and count % world):
+            for order in orders:  # all of them say so, or the others would wait for the one that stopped
+                for ask in (len, list):
+                    with pytest.raises(ValueError, match="every process needs an image|draw equally many batches"):
+                        ask(order)
+            continue
+        assert {len(rows(order)) for order in orders} == {len(orders[0])}
+        drawn = [row for order in orders for batch in rows(order) for row in batch]
+        assert sorted(drawn) == list(range(count))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -122,9 +130,19 @@ def test_nothing_is_dropped():
     assert [len(batch) for batch in OrderedBatches(17, 8, shuffle=True)] == [8, 8, 1]
 
 
-def test_more_processes_than_images_are_refused():
-    with pytest.raises(ValueError, match="every process needs an image; got 3 for 4"):
-        list(OrderedBatches(3, 8, shuffle=True, rank=0, world=4))
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_more_processes_than_images_are_refused(shuffle):
+    with pytest.raises(ValueError, match="every process needs an image; got 3 for 4: start fewer"):
+        list(OrderedBatches(3, 8, shuffle=shuffle, rank=0, world=4))
+
+
+def test_a_rest_of_single_images_is_refused():
+    message = (
+        "got 5 images one at a time for 2: take a batch_size of 2 or more, or a number of processes that divides 5"
+    )
+    with pytest.raises(ValueError, match=message):
+        len(OrderedBatches(5, 1, shuffle=False, rank=1, world=2))
+    assert len(OrderedBatches(5, 1, shuffle=True, rank=1, world=2)) == 2  # where the epoch is cut
 
 
 @pytest.mark.parametrize(
@@ -237,6 +255,11 @@ def test_random_crops_leave_torchs_generator_alone(tensor_set):
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_crops_leave_the_accelerators_generators_alone(tensor_set, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the generators of all GPUs were seeded"))
+    list(make_loader(tensor_set, batch_size=8, train=True, transform=RandomResizedCrop(TINY)))
 
 
 def test_images_of_many_sizes_need_a_transform(make_folder):

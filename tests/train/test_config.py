@@ -8,11 +8,12 @@ import itertools
 import os
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import yaml
 
 from vitrail.train import config as module
-from vitrail.train.config import TrainConfig
+from vitrail.train.config import NEEDS, TrainConfig, say_idle
 
 
 def test_defaults_are_sound():
@@ -49,7 +50,9 @@ def test_every_field_of_the_run_says_what_it_is():
         ("device", "gpu", "--device must be one of auto, cpu, cuda, mps; got 'gpu'"),
         ("log", "csb", "--log must be one of csv, tensorboard; got 'csb'"),
         ("batch_size", 0, "--batch-size must be at least 1; got 0"),
-        ("mixup", -1, r"--mixup must be 0 \(off\) or more; got -1"),
+        ("mixup", -1, r"--mixup must be 0 \(off\) or lie in \[0.001, 1000\]; got -1"),
+        ("seed", 10**30, r"--seed must lie in 0 to 2\*\*63 - 1; got 1000000"),
+        ("seed", -1, "--seed must lie in 0"),
         ("lr", -1, "--lr must be positive; got -1"),
     ],
 )
@@ -84,8 +87,55 @@ def test_other_spellings_are_taken():
     ],
 )
 def test_wrong_types_are_named(name, value, message):
-    with pytest.raises(TypeError, match=message):
-        TrainConfig.from_dict({name: value})
+    for make in (TrainConfig, lambda **given: TrainConfig.from_dict(given)):
+        with pytest.raises(TypeError, match=message):
+            make(**{name: value})
+
+
+def test_numbers_of_other_libraries_are_numbers(tmp_path):
+    config = TrainConfig(lr=np.float64(1e-3), epochs=np.int64(3), warmup_epochs=np.int32(1), mixup=np.float32(0.5))
+    assert config == TrainConfig(lr=1e-3, epochs=3, warmup_epochs=1.0, mixup=0.5)
+    assert {type(value) for value in config.changes().values()} == {int, float}
+    config.to_yaml(tmp_path / "a.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml") == config
+    assert TrainConfig(lr="3e-4", warmup_epochs=1).changes() == {"warmup_epochs": 1.0}
+    with pytest.raises(TypeError, match="--epochs takes a whole number; got 2.5"):
+        TrainConfig(epochs=np.float64(2.5))
+
+
+# ---- settings that do nothing
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"crop": "resized", "crop_pad": 0.2}, "--crop-pad needs --crop pad"),
+        ({"crop": "none", "pad_mode": "reflect"}, "--pad-mode needs --crop pad"),
+        ({"crop": "pad", "crop_scale": 0.5}, "--crop-scale needs --crop resized"),
+        ({"rand_ops": 3}, "--rand-ops needs --auto-augment rand"),
+        ({"auto_augment": "auto", "rand_magnitude": 3}, "--rand-magnitude needs --auto-augment rand"),
+        ({"data": "folder:photos", "download": True}, "--download needs --data cifar10 or cifar100"),
+        ({"log": "tensorboard"}, "--log needs a folder to write to (out)"),
+        ({"checkpoint_every": 1}, "--checkpoint-every needs a folder to write to (out)"),
+        ({"patience": 1}, "--patience needs validation images"),
+        ({"patience": 1, "rand_ops": 3}, "--rand-ops needs --auto-augment rand; --patience needs validation images"),
+    ],
+)
+def test_settings_that_do_nothing_are_told_in_one_line(settings, needs, caplog):
+    say_idle(TrainConfig(**settings), kept=False, validated=False)
+    assert caplog.messages == [f"these settings do nothing here: {needs}"]
+
+
+def test_settings_that_do_something_are_not_mentioned(caplog):
+    say_idle(TrainConfig(), kept=False, validated=False)
+    for crop in ({"crop": "pad", "crop_pad": 0.2, "pad_mode": "reflect"}, {"crop": "resized", "crop_scale": 0.5}):
+        rest = {"auto_augment": "rand", "rand_ops": 3, "rand_magnitude": 3, "data": "cifar10", "download": True}
+        say_idle(TrainConfig(**crop, **rest, log="tensorboard", checkpoint_every=1, patience=1))
+    assert caplog.messages == []
+
+
+def test_every_setting_with_a_need_is_a_setting():
+    assert set(NEEDS) <= {f.name for f in fields(TrainConfig)}
 
 
 def test_yaml_holds_what_differs_and_comes_back(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -61,11 +62,11 @@ def test_sums_are_taken_over_all_processes():
     assert seen == ["sum"]
 
 
-def test_the_best_row_is_the_earliest_and_never_nan():
+def test_the_best_row_is_the_last_of_equals_and_never_nan():
     record = HistoryLog(LossMeter(), ("accuracy", "max"))
     for epoch, value in enumerate([math.nan, 0.5, 0.7, 0.7, 0.6], start=1):
         record.history.rows.append({"epoch": epoch, "val_accuracy": value})
-    assert record.best == {"epoch": 3, "val_accuracy": 0.7}
+    assert record.best == {"epoch": 4, "val_accuracy": 0.7}
     assert not record.improved
     record.mode = "min"
     assert record.best["epoch"] == 2
@@ -75,7 +76,7 @@ def test_the_best_row_is_the_historys():
     """One law: whoever asks the history gets the row that was kept."""
     record = HistoryLog(LossMeter(), ("loss", "min"))
     for epoch, value in enumerate([math.inf, math.nan, 0.5, 0.5], start=1):
-        assert record.best is None or record.best["epoch"] == 3
+        assert record.best is None or record.best["epoch"] == epoch - 1
         record.history.rows.append({"epoch": epoch, "val_loss": value})
     assert record.best is record.history.best("val_loss", "min")
 
@@ -90,3 +91,17 @@ def test_without_validation_every_epoch_is_the_best():
 def test_csv_has_the_columns_of_all_rows(tmp_path):
     write_csv(tmp_path / "a.csv", [{"epoch": 1, "lr": 0.5}, {"epoch": 2, "lr": 0.1, "val_loss": 3.0}])
     assert (tmp_path / "a.csv").read_text() == "epoch,lr,val_loss\n1,0.5,\n2,0.1,3.0\n"
+
+
+def test_csv_is_written_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    write_csv(path, [{"epoch": 1}])
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_csv(path, [{"epoch": 1}, {"epoch": 2}])
+    assert path.read_text() == "epoch\n1\n"
+    assert list(tmp_path.iterdir()) == [path]

@@ -244,6 +244,35 @@ def test_known_weights_at_another_size_prepare_for_it(made: Backbone, monkeypatc
     assert (model.config.img_size, model.preprocess.img_size) == ((48, 48), (48, 48))
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"reg_tokens": 2}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"},
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(48, 48), (16, 64)])
+@torch.no_grad()
+def test_learned_positions_are_interpolated_to_another_size(
+    options: dict[str, Any], size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They are what the same network makes of them at run time; everything else stays."""
+    saved = build_model("vit_debug", depth=1, **options).eval()
+    monkeypatch.setitem(SHIPPED, "cells", Shipped(saved.save_pretrained(tmp_path / "m"), ""))
+    model = create_model("cells", pretrained=True, img_size=size).eval()
+    pictures = torch.randn(2, 3, *size)
+    assert torch.allclose(model(pictures), saved(pictures), atol=1e-5)
+    assert (model.config.img_size, model.preprocess.img_size) == (size, size)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_another_size_reads_the_files_once_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch):
+    read: list[Path] = []
+    monkeypatch.setattr(load, "read_weights", lambda path: read.append(path) or read_weights(path))
+    create_model("cells", pretrained=True, img_size=64, num_classes=2)
+    assert len(read) == 1
+    with pytest.raises(FolderError, match=r"wrong shape: patch_embed\.proj\.weight"):
+        create_model("cells", pretrained=True, img_size=64, patch_size=16)
+    with pytest.raises(FolderError, match="img_size 60 is not divisible by patch_size 8: use 56 or 64"):
+        create_model("cells", pretrained=True, img_size=60)
+
+
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(("name", "near"), [("vit_base", ""), ("cels", ", and no such model: the nearest are cells")])
 def test_unknown_weights_list_the_known(name: str, near: str):

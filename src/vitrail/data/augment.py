@@ -11,7 +11,7 @@ Legend: `B` images or clips, `T` frames of a clip, `C` channels, `H`, `W` pixels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,9 +28,11 @@ Crop = Literal["auto", "pad", "resized", "none"]
 AutoAugment = Literal["none", "auto", "cifar10", "imagenet", "rand", "trivial"]
 PadMode = Literal["zero", "reflect"]
 SMALL_SIDE = 96
-"""up to this side an image is padded and cropped, and gets CIFAR-10's policy; above, resized crops and ImageNet's"""
+"""up to this side an image is small: it is padded and cropped, gets CIFAR-10's policy, and may be held in memory"""
 TIED = ("boxes", "mask", "pad_mask")
 """keys that belong to places in an image"""
+ALPHA = (1e-3, 1e3)
+"""beyond these a Beta distribution in single precision is none"""
 ERASE_AREA = (0.02, 0.4)
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
@@ -77,7 +79,8 @@ class AugmentConfig:
         require(self.rand_ops >= 1, "rand_ops", "be at least 1", self.rand_ops)
         require(0 <= self.rand_magnitude <= BINS, "rand_magnitude", f"lie in 0 to {BINS}", self.rand_magnitude)
         for name in ("mixup", "cutmix"):
-            require(0 <= getattr(self, name) < math.inf, name, "be 0 (off) or more", getattr(self, name))
+            alpha = getattr(self, name)
+            require(alpha == 0 or ALPHA[0] <= alpha <= ALPHA[1], name, "be 0 (off) or lie in [0.001, 1000]", alpha)
 
 
 def crop_kind(config: AugmentConfig, preprocess: Preprocess) -> Crop:
@@ -88,13 +91,14 @@ def crop_kind(config: AugmentConfig, preprocess: Preprocess) -> Crop:
 
 
 class BatchAugment:
-    """`augment(batch, step) -> batch`: raw images varied and normalised, ready images only mixed.
+    """`augment(batch, step) -> batch`: raw images varied and normalised, ready images only mixed, views as they are.
 
     Labels stay (B,) int64 without mixing and are (B, num_classes) float with it; all other keys travel along.
     `resized` crops are not made here but image by image in `train_transform`, where the whole picture still is.
     Of frames (B, T, C, H, W) a clip is varied as one image is: every draw holds for all its frames.
     Raises `ValueError` where images would move, or be mixed, that have boxes, masks or targets of their cells, naming
-    the key; for images of other dimensions; and, while mixing, for labels that are no classes of the model.
+    the key; for images of other dimensions; where views would not be varied, naming the flags; and, while mixing, for
+    labels that are no classes of the model.
     """
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, num_classes: int) -> None:
@@ -105,6 +109,7 @@ class BatchAugment:
 
     def __call__(self, batch: Batch, step: int = 0) -> Batch:
         changed = dict(batch)
+        self._check_views(batch.get("views", []))
         if "image" in batch:
             self._check(batch)
             raw = batch["image"].dtype == torch.uint8
@@ -125,6 +130,16 @@ class BatchAugment:
             raise ValueError(
                 f"{', '.join(flags)} would move images but not their {tied[0]}: "
                 "switch off what is named, with 0 or none"
+            )
+
+    def _check_views(self, views: Sequence[Tensor]) -> None:
+        raw = any(view.dtype == torch.uint8 for view in views)
+        colours = {"--color-jitter": self.config.color_jitter, "--erase": self.config.erase}
+        flags = self._moving(raw) + [flag for flag, strength in colours.items() if raw and strength]
+        if views and flags:
+            raise ValueError(
+                f"views are taken as they are; {', '.join(flags)} would not vary them: switch off what is named, "
+                "with 0 or none, and vary them in the loader"
             )
 
     def _moving(self, raw: bool) -> list[str]:

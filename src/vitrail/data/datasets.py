@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitrail.data.augment import SMALL_SIDE
 from vitrail.data.bloodcells import bloodcells
 from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
 from vitrail.images import SUFFIXES, UnequalSizesError, open_image, read_images
@@ -21,11 +22,10 @@ from vitrail.names import nearest, require
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """what the folders of a data set's parts may be called"""
-SMALL_SIDE = 96
 SMALL_BYTES = 2**30
-"""images no larger than this, in all no more than that, are held in memory if they share a size"""
-
-
+"""small images, in all no more than this, are held in memory if they share a size"""
+MOST_SEED = 2**63 - 1
+"""what torch's generators take"""
 WHAT = {
     "bloodcells": "single stained blood cells cut from light-microscope photographs",
     "cifar10": "32-pixel colour photographs",
@@ -52,7 +52,7 @@ class DataConfig:
     img_size: int | None = None
     """side of the square image the model gets, in pixels; None for the data's own size, 224 if it has many"""
     batch_size: int = 128
-    """images a step and device"""
+    """images a batch and device"""
     workers: int = 0
     """processes that decode images; 0 decodes in the main one, which is best for small images in memory"""
     val_fraction: float = 0.05
@@ -65,8 +65,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
         split_name(self.data)
-        for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
+        for name, least in (("batch_size", 1), ("workers", 0)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        require(0 <= self.seed <= MOST_SEED, "seed", "lie in 0 to 2**63 - 1", self.seed)
         require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or None", self.img_size)
         require(0 < self.val_fraction < 0.5, "val_fraction", "lie between 0 and 0.5", self.val_fraction)
 
@@ -217,8 +218,16 @@ def _read_parts(root: Path, folders: Mapping[str, Path], config: DataConfig) -> 
 
 
 def part_folders(root: Path) -> dict[str, Path]:
-    """The folders below `root` that hold its parts, by part: `train`, `val`, `test`."""
-    return {part: root / name for part, names in PARTS.items() for name in names if (root / name).is_dir()}
+    """The folders below `root` that hold its parts, by part: `train`, `val`, `test`.
+
+    Raises `DataError` where one part has two.
+    """
+    found = {part: [root / name for name in names if (root / name).is_dir()] for part, names in PARTS.items()}
+    for part, folders in found.items():
+        if len(folders) > 1:
+            names = " and ".join(folder.name for folder in folders)
+            raise DataError(f"{root} must have one folder for {part}; it has {names}: join them, or move one away")
+    return {part: folders[0] for part, folders in found.items() if folders}
 
 
 def image_folder(

@@ -42,8 +42,9 @@ class OrderedBatches(Sampler[list[Pick]]):
     A shuffled epoch that was drawn to its end is followed by the next; `set_epoch` says which to take instead.
 
     With `shuffle` every epoch has its own order. Over `world` processes no image is drawn twice; without `shuffle`
-    each is drawn exactly once; with it the epoch is cut to a multiple of `world` (other images every epoch), so that
-    all processes make equally many steps. Nothing else is dropped: the last batch may be small.
+    each is drawn exactly once; with it the epoch is cut to a multiple of `world` (other images every epoch). Nothing
+    else is dropped: the last batch may be small. All processes draw equally many batches, without which those that
+    share a forward pass would wait for ever: where that cannot be, `len` and `iter` raise `ValueError` in all of them.
     `rank` and `world` are taken from `torch.distributed` when they are None and it runs.
     """
 
@@ -80,23 +81,28 @@ class OrderedBatches(Sampler[list[Pick]]):
         rank, world = self._place()
         if not self.shuffle:
             return torch.arange(self.count)[rank::world]
-        if self.count < world:
-            raise ValueError(f"every process needs an image; got {self.count} for {world}: start fewer")
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator)
         return order[: self.count - self.count % world][rank::world]
 
     def __len__(self) -> int:
-        share = -(-self.count // self._place()[1]) if not self.shuffle else self.count // self._place()[1]
-        return -(-share // self.batch_size)
+        world = self._place()[1]
+        least, rest = divmod(self.count, world)
+        if not least:
+            raise ValueError(f"every process needs an image; got {self.count} for {world}: start fewer")
+        if self.batch_size == 1 and rest and not self.shuffle:
+            raise ValueError(
+                f"all processes must draw equally many batches; got {self.count} images one at a time for {world}: "
+                f"take a batch_size of 2 or more, or a number of processes that divides {self.count}"
+            )
+        return -(-(least + bool(rest and not self.shuffle)) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        order, epoch, told = self.order(), self.epoch, self._told
-        even = not self.shuffle and self._place()[1] > 1  # no process may run out of batches before the others
-        parts = order.tensor_split(len(self)) if even else order.split(self.batch_size)
+        count, order, epoch, told = len(self), self.order(), self.epoch, self._told
+        shared = not self.shuffle and self._place()[1] > 1  # shares differ by one image, the number of batches may not
+        parts = order.tensor_split(count) if shared else order.split(self.batch_size)
         for part in parts[self.start :]:
-            if len(part):
-                yield [Pick(epoch, row) for row in part.tolist()]
+            yield [Pick(epoch, row) for row in part.tolist()]
         if self.shuffle and told == self._told:
             self.epoch, self.start = epoch + 1, 0
 
@@ -105,7 +111,7 @@ class Drawing(Dataset[Batch]):
     """An image set behind a transform, drawn a batch at a time.
 
     A transform that is not random takes the whole batch at once where the images share a size; a random one takes image
-    by image under a seed of its own, and leaves torch's global generator as it was.
+    by image under a seed of its own, and leaves torch's global generators as they were.
     """
 
     def __init__(self, images: ImageSet, transform: Transform | None, seed: int) -> None:
@@ -128,7 +134,7 @@ class Drawing(Dataset[Batch]):
         if not transform.random:
             return Sample(**{**sample, "image": _moved(transform, sample)})
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))
+            torch.default_generator.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))  # the CPU's alone
             return Sample(**{**sample, "image": _moved(transform, sample)})
 
 

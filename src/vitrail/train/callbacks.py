@@ -24,7 +24,8 @@ AGREE_EVERY = 20
 class EarlyStop(Callback):
     """Ends a run that no longer gets better, or whose time is up. 0 turns either rule off.
 
-    `patience` counts epochs since the best. `max_minutes` is kept as long as no epoch takes longer than the one before.
+    `patience` counts epochs since the best figure was first reached. `max_minutes` is kept as long as no epoch takes
+    longer than the one before.
     """
 
     def __init__(self, record: HistoryLog, patience: int, max_minutes: float) -> None:
@@ -41,8 +42,11 @@ class EarlyStop(Callback):
         trainer.should_stop = trainer.strategy.broadcast(stop)
 
     def _stale(self) -> bool:
-        best, last = self.record.best, self.record.history.rows[-1]
-        return bool(self.patience) and best is not None and last["epoch"] - best["epoch"] >= self.patience
+        best, rows, name = self.record.best, self.record.history.rows, self.record.monitor
+        if not self.patience or best is None:
+            return False
+        reached = next(row["epoch"] for row in rows if row.get(name) == best[name])
+        return rows[-1]["epoch"] - reached >= self.patience
 
     def _late(self) -> bool:
         seconds = self.record.history["seconds"]
@@ -56,8 +60,9 @@ class StopRequested(Exception):
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM end the run after the running optimiser step or validation, once `last.ckpt` is written.
 
-    A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen. Whoever runs the
-    trainer calls `heed` afterwards, for what came after the last epoch.
+    A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen, and only to signals
+    whose handler Python knows, since it is put back at the end. Whoever runs the trainer calls `heed` afterwards, for
+    what came after the last epoch.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -69,7 +74,8 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._heard) for number in self.SIGNALS}
+            ours = [number for number in self.SIGNALS if signal.getsignal(number) is not None]  # else none to restore
+            self._previous = {number: signal.signal(number, self._heard) for number in ours}
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

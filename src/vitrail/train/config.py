@@ -5,9 +5,11 @@ A YAML file holds what differs from the defaults, so that it reads as a recipe.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -23,12 +25,23 @@ from vitrail.train.optim import OptimConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
+LOG = logging.getLogger("vitrail")
+PAD, RESIZED, RAND = "--crop pad", "--crop resized", "--auto-augment rand"
+FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
+NEEDS = {
+    "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
+    "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
+}  # fmt: skip
+"""settings that do nothing without another, and which"""
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
-    """A whole training run: images, augmentation, optimiser, model and machine."""
+    """A whole training run: images, augmentation, optimiser, model and machine.
+
+    Raises `ValueError` for a value out of its range, `TypeError` for one of another type, each naming the flag.
+    """
 
     model: str = "vit_tiny"
     """a row of `vitrail models`, or a short name that the image size completes"""
@@ -64,6 +77,9 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
     """a few batches an epoch, to see that everything runs"""
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), kinds[f.name]))
         super().__post_init__()  # each part checks its own fields and passes on to the next
         for name in ("label_smoothing", "drop_path", "drop_rate", "ema"):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
@@ -89,8 +105,7 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
         Raises `TypeError` for an unknown word, naming the nearest, and for a value of the wrong type.
         """
         given = normalise_kwargs(values, {f.name for f in fields(cls)}, TRAIN_SPELLINGS, cls.__name__)
-        kinds = get_type_hints(cls)
-        return cls(**{name: _typed(name, value, kinds[name]) for name, value in given.items()})
+        return cls(**given)
 
     def changes(self) -> dict[str, Any]:
         """The fields that differ from the defaults."""
@@ -113,10 +128,38 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
             raise ValueError(f"{path}: {error}") from error
 
 
+def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) -> None:
+    """Tells the logger `vitrail`, in one line, which settings do nothing, and what each would need.
+
+    `kept` and `validated` say whether the run has a folder and validation images.
+    """
+    there = {
+        PAD: config.crop in ("auto", "pad"),
+        RESIZED: config.crop in ("auto", "resized"),
+        RAND: config.auto_augment == "rand",
+        FETCHED: config.data in ("cifar10", "cifar100"),
+        KEPT: kept,
+        VALIDATED: validated,
+    }
+    idle = [name for name in config.changes() if name in NEEDS and not there[NEEDS[name]]]
+    if idle:
+        said = "; ".join(f"{_flag(name)} needs {NEEDS[name]}" for name in idle)
+        LOG.warning("these settings do nothing here: %s", said)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the field's type. YAML reads `1e-3` as text and `1` as an integer: both will do for a float."""
+    """`value` as the field's type. YAML reads `1e-3` as text and `1` as an integer: both will do for a float.
+
+    So will NumPy's numbers, of which searches over settings are made.
+    """
     words = get_origin(kind) is Literal
     kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {str} if words else {kind}
+    if isinstance(value, Real) and value is not True and value is not False:
+        value = int(value) if isinstance(value, Integral) else float(value)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
@@ -125,7 +168,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     plain = kinds & set(KIND_NAMES)
     if plain and type(value) not in kinds:
         wanted = " or ".join(sorted(KIND_NAMES[k] for k in plain))
-        raise TypeError(f"--{name.replace('_', '-')} takes {wanted}; got {shortened(value)}")
+        raise TypeError(f"{_flag(name)} takes {wanted}; got {shortened(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 

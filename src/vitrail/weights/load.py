@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from vitrail.folder import FolderError, find_folder, read_card, read_weights
-from vitrail.layers.embed import pair
+from vitrail.layers.embed import PatchEmbed, pair, resize_positions
 from vitrail.models.backbone import Backbone, spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, resolve_name
 from vitrail.names import nearest, unpacked
@@ -48,14 +48,15 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Backb
     """A network in training mode: a registry row or its short name; with `pretrained`, a model that ships with weights.
 
     `overrides` are fields of the family's config, in other libraries' spellings too. With `pretrained`, a changed
-    `num_classes` makes a new head; what would change the shape of other weights is an error. Raises `ValueError` for
+    `num_classes` makes a new head, and with another `img_size` learned positions are interpolated, as timm does; what
+    would change the shape of other weights is an error. Raises `ValueError` for
     an unknown name, `TypeError` for an unknown field, each naming the nearest; `ValueError` where no weights are known.
     The logger `vitrail` is told, as information, which row a short name became.
     """
     if pretrained:
         if name not in SHIPPED:
             raise ValueError(_no_weights(name))
-        return _with_overrides(SHIPPED[name].folder, overrides)
+        return _load(SHIPPED[name].folder, overrides)
     if name in SHIPPED:
         raise ValueError(f"{name} ships with its weights: use create_model({name!r}, pretrained=True)")
     model = build_model(name, **unpacked(overrides))
@@ -107,37 +108,47 @@ def _no_weights(name: str) -> str:
     return f"no weights are known for {name!r}{near}; known are {known}; load_model(path) takes any model folder"
 
 
-def _with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Backbone:
-    model = _load(folder)
-    changes = spelled(type(model.config), overrides, model.config)
-    classes = changes.pop("num_classes", None)
-    if changes:
-        own = model.preprocess
-        model = _load(folder, changes)
-        if "img_size" in changes:
-            model.preprocess = own.replace(img_size=pair(model.config.img_size))
-    if classes is not None and classes != model.config.num_classes:
-        model.reset_classifier(classes)
-    return model
-
-
-def _load(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
-    """The card's network, first without memory; its weights are put in once all are known to fit."""
+def _load(folder: Path, overrides: Mapping[str, Any] | None = None) -> Backbone:
+    """The card's network with `overrides` of its config; its weights are put in once all are known to fit."""
     card, weights = read_card(folder), read_weights(folder)
     if card.family not in FAMILIES:
         raise FolderError(f"{folder}: family must be one of {', '.join(FAMILIES)}; got {card.family!r}")
     _check_depth(folder, card, weights)
-    model = _empty(folder, card, changes or {})
-    wanted = model.state_dict()
-    _check_fit(folder, wanted, weights)
+    model = _empty(folder, card, {})
+    _check_fit(folder, model.state_dict(), weights)
     _check_card(folder, model, card)
-    derived = [buffer for name, buffer in model.named_buffers() if name not in wanted]  # which no file holds
+    changes = spelled(type(model.config), overrides or {}, model.config)
+    classes = changes.pop("num_classes", model.config.num_classes)
+    if changes:
+        saved, model = model, _empty(folder, card, changes)
+        weights = _resized(weights, saved, model)
+        _check_fit(folder, model.state_dict(), weights)
+    _fill(folder, model, weights)
+    model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
+    if "img_size" in changes:
+        model.preprocess = card.preprocess.replace(img_size=pair(model.config.img_size))
+    if classes != model.config.num_classes:
+        model.reset_classifier(classes)
+    return model
+
+
+def _resized(weights: dict[str, Tensor], saved: Backbone, model: Backbone) -> dict[str, Tensor]:
+    """`weights` with learned positions, where there are any, from the grid they were saved with at that of `model`."""
+    pos = weights.get("pos_embed")
+    if pos is None:
+        return weights
+    old, new = (cast(PatchEmbed, network.get_submodule("patch_embed")).grid_size for network in (saved, model))
+    return {**weights, "pos_embed": resize_positions(pos, old, new, prefix=pos.shape[1] - old[0] * old[1])}
+
+
+def _fill(folder: Path, model: Backbone, weights: Mapping[str, Tensor]) -> None:
+    """Puts `weights` into a network without memory, and what no file holds into its derived buffers."""
+    wanted = model.state_dict()
+    derived = [buffer for name, buffer in model.named_buffers() if name not in wanted]
     if derived:
         _check_memory(folder, derived, weights)
-        _fill(folder, model)
+        _derive(folder, model)
     model.load_state_dict({name: weights[name].to(like.dtype) for name, like in wanted.items()}, assign=True)
-    model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
-    return model
 
 
 def _check_depth(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
@@ -161,7 +172,7 @@ def _check_memory(folder: Path, derived: Sequence[Tensor], weights: Mapping[str,
         )
 
 
-def _fill(folder: Path, model: Backbone) -> None:
+def _derive(folder: Path, model: Backbone) -> None:
     try:
         model.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):

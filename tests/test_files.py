@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all, after a power cut too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vitrail.files import whole_file, write_whole
+
+
+def test_bytes_and_text_in_new_folders(tmp_path: Path):
+    path = tmp_path / "a" / "b.txt"
+    assert write_whole(path, "é") == path
+    assert path.read_bytes() == "é".encode()
+    write_whole(str(path), b"\x00")
+    assert path.read_bytes() == b"\x00"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path: Path):
+    path = write_whole(tmp_path / "a", "old")
+    with pytest.raises(OSError, match="no space"), whole_file(path) as file:
+        file.write(b"half of the n")
+        file.flush()
+        raise OSError("no space")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="where folders can be opened")
+def test_content_reaches_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """First the bytes, then the rename, then the folder, which is what knows of the rename."""
+    path, steps = write_whole(tmp_path / "a", "old"), []
+
+    def sync(descriptor: int) -> None:
+        steps.append(("folder" if os.path.sameopenfile(descriptor, folder) else "file", path.read_text()))
+
+    folder = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(os, "fsync", sync)
+    write_whole(path, "new")
+    os.close(folder)
+    assert steps == [("file", "old"), ("folder", "new")]
