@@ -105,6 +105,12 @@ def test_a_name_that_a_terminal_would_obey_is_not_written(tmp_path: Path):
     assert names(tmp_path) == []
 
 
+def test_a_name_too_long_to_be_read_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"names of at most 1000 characters; got 'bbb"):
+        write_folder(tmp_path / "m", {"w": torch.zeros(1)}, ModelCard(family="vit", config={}, classes=("b" * 1001,)))
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_model_is_replaced(model: Path):
     write_folder(model, state(2.0), CARD)
     assert read_weights(model)["a.weight"][0, 0] == 2
@@ -280,7 +286,7 @@ DEEP = "[" * 100_000
     ({"family": 3}, "family must be text; got 3"),
     ({"classes": "abc"}, "classes must be a list"),
     ({"classes": ["a", 2]}, "classes must be names"),
-    ({"classes": ["a" * 1000]}, "at most 200 characters"),
+    ({"classes": ["a" * 1001]}, "at most 1000 characters"),
     ({"family": "../../etc/passwd"}, "family must be a plain name; got '../../etc/passwd'"),
     ({"name": "a/b"}, "name must be a plain name"),
     ({"config": {"depth": 10**12}}, r"config\.depth must lie within ±1,000; got 1\.000e\+12"),

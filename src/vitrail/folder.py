@@ -36,7 +36,7 @@ MAX_NUMBER = 1_000_000
 """no size of a network is larger; a hostile one would fill the memory"""
 LIMITS = {"img_size": 16_384, "depth": 1_000, "depths": 1_000}
 """of these no network has more: each pixel costs memory, each layer a module, before any weight is looked at"""
-MAX_NAME = 200
+MAX_NAME = 1000
 Kind = type | tuple[type, ...]
 CARD: dict[str, Kind] = {
     "family": str, "name": str, "images": str, "version": str, "config": dict, "preprocess": dict, "training": dict,
@@ -75,7 +75,7 @@ def write_folder(
     """
     target = Path(path).resolve()
     _refuse_foreign(target)
-    config = _as_json(card)
+    config = card_text(card)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in state_dict.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
@@ -155,7 +155,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _as_json(card: ModelCard) -> str:
+def card_text(card: ModelCard) -> str:
+    """What is written of a card. Raises `FolderError` for what could not be read back, or is nothing for JSON."""
+    if too_long := [name for name in card.classes if len(name) > MAX_NAME]:
+        raise FolderError(f"classes must be names of at most {MAX_NAME} characters; got {shortened(too_long[0])}")
     for key, value in card.to_dict().items():
         _check_text("a model card", key, value)
     try:

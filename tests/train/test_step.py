@@ -148,6 +148,14 @@ def test_a_network_that_no_folder_can_hold(train, make_task, tmp_path):
     assert len(train(task, epochs=1)) == 1
 
 
+def test_a_class_name_that_no_folder_can_hold(train, make_task, tmp_path):
+    task, begun = make_task(), []
+    task.backbone.classes = ("dark", "gr\ney", "light")
+    with pytest.raises(ValueError, match=r"classes must hold no control characters; got 'gr\\ney': rename it"):
+        train(task, out=tmp_path / "run", hook=begun.append)
+    assert not begun
+
+
 def test_a_task_says_what_is_saved_of_it(train, make_task, tmp_path):
     task, saved = make_task(), []
     plain = task.save_pretrained

@@ -205,7 +205,11 @@ class Backbone(nn.Module, ABC):
         return folder.write_folder(Path(path), self._plain_state(), self.card(**training))
 
     def check_savable(self) -> None:
-        """Raises `ValueError` where a model folder could not be loaded: the config must describe every weight."""
+        """Raises `ValueError` where a model folder could not be loaded: the config must describe every weight.
+
+        Class names and the like must be plain text too.
+        """
+        folder.card_text(self.card())
         with torch.device("meta"):
             described = type(self)(type(self.config)(**self.card().config)).state_dict()
         own = {name: value.shape for name, value in self._plain_state().items()}
