@@ -1,4 +1,4 @@
-"""A run's figures on held-out images, the samples that are shown, and the page."""
+"""A run's figures on held-out images, the examples that are shown, and the page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vitrail.data.imagesets import TensorSet
+from vitrail.explain.choice import CannotExplainError
 from vitrail.models.registry import build_model
 from vitrail.records import Batch, Classification, History, Preprocess
-from vitrail.report import RunFacts, Shown, as_json, choose_samples, machine, report_run
+from vitrail.report import RunFacts, Shown, as_json, choose_examples, machine, report_run
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 
@@ -51,7 +52,7 @@ def report(out: Path, task: Classify, facts: RunFacts = FACTS) -> tuple[dict[str
     return figures, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
 
 
-# ---- which samples are shown
+# ---- which examples are shown
 
 
 class Told(nn.Module):
@@ -78,14 +79,14 @@ def test_wrong_answers_first_then_right_ones_of_every_class_in_turn():
         batch_of("caaab", "caabb", [0.9, 0.8, 0.7, 0.6, 0.5]),
         batch_of("bccab", "bccba", [0.5, 0.4, 0.3, 0.99, 0.8], start=5),
     ]
-    shown = choose_samples(Told(), batches, each=5)
+    shown = choose_examples(Told(), batches, each=5)
     wrong, right = shown[:3], shown[3:]
     assert [(s.truth, s.answer.label, s.answer.confidence) for s in wrong] == [
         (0, "b", 0.99), (1, "a", 0.8), (0, "b", 0.6),
     ]  # fmt: skip
     assert [(s.truth, s.answer.confidence) for s in right] == [(0, 0.8), (1, 0.5), (2, 0.9), (0, 0.7), (1, 0.5)]
     assert [int(s.image[0, 0, 0]) for s in shown] == [8, 9, 3, 1, 4, 0, 2, 5]
-    assert [len(choose_samples(Told(), batches, each=n)) for n in (1, 2, 9)] == [2, 4, 3 + 7]
+    assert [len(choose_examples(Told(), batches, each=n)) for n in (1, 2, 9)] == [2, 4, 3 + 7]
 
 
 def test_no_more_is_held_than_is_shown():
@@ -96,7 +97,7 @@ def test_no_more_is_held_than_is_shown():
             yield batch_of("abcabc", "abcbca", [0.5] * 6)
         held.append(sum(type(thing) is Shown for thing in gc.get_objects()))
 
-    shown = choose_samples(Told(), batches(), each=4)
+    shown = choose_examples(Told(), batches(), each=4)
     assert held[0] <= 4 + 4 + 1
     assert all(s.image.untyped_storage().nbytes() == s.image.numel() for s in shown)
 
@@ -176,10 +177,10 @@ def test_ready_images_are_shown_as_they_were_before(tmp_path: Path, monkeypatch:
     task.backbone.preprocess = told
     monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
     report_run(tmp_path, task, batches, HISTORY, FACTS)
-    shown = {bytes((sample.image * 255).round().byte().flatten().tolist()) for sample in drawn[0].samples}
+    shown = {bytes((example.image * 255).round().byte().flatten().tolist()) for example in drawn[0].examples}
     assert shown <= {bytes(image.flatten().tolist()) for image in raw.images}
-    assert len(shown) == len(drawn[0].samples) >= 6
-    assert all(sample.explanation is not None for sample in drawn[0].samples)
+    assert len(shown) == len(drawn[0].examples) >= 6
+    assert all(example.explanation is not None for example in drawn[0].examples)
 
 
 def test_ready_images_of_unknown_making_are_shown_between_their_extremes(
@@ -190,30 +191,34 @@ def test_ready_images_of_unknown_making_are_shown_between_their_extremes(
     task.backbone.preprocess = task.backbone.preprocess.replace(known=False)
     monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
     report_run(tmp_path, task, batches, HISTORY, FACTS)
-    assert {(float(s.image.min()), float(s.image.max())) for s in drawn[0].samples} == {(0.0, 1.0)}
+    assert {(float(s.image.min()), float(s.image.max())) for s in drawn[0].examples} == {(0.0, 1.0)}
 
 
 def test_a_convolutional_network_has_a_page_without_rollout(tmp_path: Path):
     _, _, page = report(tmp_path, task_of("resnet_debug"))
     assert "rollout" not in page
-    assert page.count('<figure class="sample') == page.count('<div class="pair"><img') > 0
+    assert page.count('<figure class="example') == page.count('<div class="pair"><img') > 0
 
 
 def test_a_network_whose_attention_cannot_be_rolled_out_has_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: Any) -> None:
-        raise ValueError("rollout needs maps of one size")
+    def fail(*_: Any) -> None:
+        raise error
 
-    monkeypatch.setattr("vitrail.report.explain", refuse)
+    monkeypatch.setattr("vitrail.report.explain", fail)
+    error = CannotExplainError("rollout needs maps of one size")
     _, metrics, page = report(tmp_path, task_of())
     assert "attention rollout" not in page
     assert metrics["split"] == "test"
+    error = ValueError("a mistake of ours")
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        report(tmp_path, task_of())
 
 
-def test_figures_are_kept_before_samples_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_figures_are_kept_before_examples_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("vitrail.report.choose_samples", fail)
+    monkeypatch.setattr("vitrail.report.choose_examples", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         report(tmp_path, task_of())
     assert json.loads((tmp_path / "metrics.json").read_text())["split"] == "test"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitrail.draw.canvas import Drawing
+from vitrail.draw.canvas import Canvas
 from vitrail.draw.pictures import overlay
 from vitrail.explain.maps import METHODS, Explained, rollout
 from vitrail.explain.record import AttentionMap, NoAttentionError, record_attention
@@ -59,7 +59,7 @@ def seen(model: Backbone, photo: Path) -> list[Tensor]:
     return [found.weights[0] for found in record.maps]
 
 
-def titles(figure: Drawing) -> list[str]:
+def titles(figure: Canvas) -> list[str]:
     """Lines of a title that was wrapped are joined."""
     return [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.get_title()]
 

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitrail.draw.pages import RunReport, Sample, training_report, write_page
+from vitrail.draw.pages import training_report, write_page
+from vitrail.draw.runs import Example, RunReport
+from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.maps import explain
 from vitrail.files import write_whole
 from vitrail.layers.modes import evaluating
@@ -29,7 +31,7 @@ from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.tasks.base import as_batch, evaluate
 from vitrail.tasks.classify import Classify, hard_labels
 
-SAMPLES = 6
+EXAMPLES = 6
 """right answers shown, and as many wrong ones"""
 TEST_NOTE = (
     "The epoch that was kept is the best on the validation images; the figures are of test images that chose nothing."
@@ -38,7 +40,7 @@ VAL_NOTE = (
     "The figures are of the validation images, which also chose the epoch that was kept: the data has no others. "
     "Expect a little less of new images."
 )
-SAMPLES_NOTE = "The wrong answers shown are the most confident ones, so they look worse than the typical mistake."
+EXAMPLES_NOTE = "The wrong answers shown are the most confident ones, so they look worse than the typical mistake."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,13 @@ def report_run(
         return figures
     report = _report(task, figures, history, facts)
     write_whole(out / "metrics.json", json.dumps(_metrics(report, figures), indent=1, allow_nan=False))
-    samples = [_sample(task, shown) for shown in choose_samples(task, loader)]
-    write_page(out / "report.html", training_report(replace(report, samples=samples)))
+    examples = [_example(task, shown) for shown in choose_examples(task, loader)]
+    write_page(out / "report.html", training_report(replace(report, examples=examples)))
     return figures
 
 
 def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts) -> RunReport:
-    """Everything on the page but its samples."""
+    """Everything on the page but its examples."""
     model, held_out = task.backbone, figures["confusion"].sum(1).tolist()
     return RunReport(
         title=facts.title,
@@ -103,7 +105,7 @@ def _report(task: Classify, figures: dict[str, Tensor], history: History, facts:
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        notes=(TEST_NOTE if facts.split == "test" else VAL_NOTE, SAMPLES_NOTE),
+        notes=(TEST_NOTE if facts.split == "test" else VAL_NOTE, EXAMPLES_NOTE),
     )
 
 
@@ -123,7 +125,7 @@ def _metrics(report: RunReport, figures: dict[str, Tensor]) -> dict[str, Any]:
     return {**facts, "classes": list(report.classes), **as_json(figures)}
 
 
-def choose_samples(task: Classify, loader: Iterable[Any], each: int = SAMPLES) -> list[Shown]:
+def choose_examples(task: Classify, loader: Iterable[Any], each: int = EXAMPLES) -> list[Shown]:
     """Up to `each` wrong answers, the most confident first, and as many right ones, one class after the other.
 
     One pass over the loader; only what may be shown is held.
@@ -148,14 +150,14 @@ def _answers(task: Classify, raw: Batch) -> Iterable[Shown]:
         yield Shown(image.clone(), label, answer)  # a view would keep its whole batch
 
 
-def _sample(task: Classify, shown: Shown) -> Sample:
+def _example(task: Classify, shown: Shown) -> Example:
     ready = task.backbone.preprocess.prepare(Batch(image=shown.image))["image"].to(task.device)
     try:
         explanation = explain(task.backbone, ready, "rollout")
-    except ValueError:  # a network whose attention cannot be rolled out, or that has none
+    except CannotExplainError:  # a network whose attention cannot be rolled out, or that has none
         explanation = None
     picture = _viewable(shown.image, task.backbone.preprocess)
-    return Sample(image=picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
+    return Example(image=picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
 
 
 def _viewable(image: Tensor, preprocess: Preprocess) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention of one image as pictures: a thin class over prediction, explanation and drawing.
 
-image ── Predictor.prepare ──> what the network sees ── explain ──> Explanations (h, w) ── draw ──> figures
+image ── Predictor.look ──> what the network sees ── explain ──> Explanations (h, w) ── draw ──> figures
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrail.draw.canvas import Drawing, save_figure
+from vitrail.draw.canvas import Canvas, save_figure
 from vitrail.draw.pictures import head_grid, layer_row, patch_picture
 from vitrail.explain.maps import attention_depth, explain_layers
 from vitrail.images import AnyImage
@@ -94,7 +94,7 @@ class AttentionVisualizer:
         whole = all(m.layer is None for m in maps)
         return AttentionMaps(picture, maps, str(self.predictor.answer(found.output)[0]) if whole else "image")
 
-    def plot_attention_maps(self, maps: AttentionMaps, save_path: str | Path | None = None) -> Drawing:
+    def plot_attention_maps(self, maps: AttentionMaps, save_path: str | Path | None = None) -> Canvas:
         """The picture and its maps, each over the picture: layers in a row, the heads of one layer as a grid.
 
         Several heads of several layers are a grid too: a row a layer, a column a head.
@@ -110,7 +110,7 @@ class AttentionVisualizer:
 
     def visualize_attention(
         self, image: AnyImage, layer_idx: int = -1, head_idx: int | None = None, save_path: str | Path | None = None
-    ) -> Drawing:
+    ) -> Canvas:
         """One layer of one image: every head as a grid, or one head. `layer_idx` and `head_idx` count from 0.
 
         The network runs twice, the first time to count its layers, so that only the one shown is recorded.
@@ -126,7 +126,7 @@ class AttentionVisualizer:
 
     def rollout(
         self, image: AnyImage, fusion: Fusing = "mean", discard: float = 0.0, save_path: str | Path | None = None
-    ) -> Drawing:
+    ) -> Canvas:
         """The picture under its answer, beside its attention rollout over all layers (Abnar and Zuidema 2020)."""
         return self.plot_attention_maps(self.explain(image, "rollout", heads=fusion, discard=discard), save_path)
 
@@ -160,7 +160,7 @@ class AttentionVisualizer:
 
 def visualize_patch_embedding(
     image: AnyImage, patch_size: int | tuple[int, int] = 16, save_path: str | Path | None = None
-) -> Drawing:
+) -> Canvas:
     """The picture beside the patches that a patch embedding cuts it into, numbered in reading order."""
     return _saved(patch_picture(image, patch_size), save_path)
 
@@ -182,7 +182,7 @@ def _layers(maps: AttentionMaps) -> list[int]:
     return sorted({m.layer for m in maps if m.layer is not None})
 
 
-def _saved(figure: Drawing, path: str | Path | None) -> Drawing:
+def _saved(figure: Canvas, path: str | Path | None) -> Canvas:
     if path is not None:
         save_figure(figure, path)
     return figure

@@ -7,11 +7,11 @@ import threading
 import pytest
 from PIL import Image
 
-from vitrail.draw.canvas import Drawing, save_figure
+from vitrail.draw.canvas import Canvas, save_figure
 
 
-def charted() -> Drawing:
-    drawing = Drawing(1, 1)
+def charted() -> Canvas:
+    drawing = Canvas(1, 1)
     drawing.subplots().plot([0, 1], [0, 1])
     return drawing
 
@@ -52,7 +52,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr("vitrail.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_figure(Drawing(2, 2), path)
+        save_figure(Canvas(2, 2), path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,6 +1,7 @@
 """A page is whole, harmless, and says what it was given."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.draw.pages import RunReport, Sample, training_report, write_page
+from vitrail.draw.pages import training_report, write_page
+from vitrail.draw.runs import Example, RunReport
+from vitrail.draw.style import SHEET
 from vitrail.records import Classification, Explanation, History
 
 EVIL = "<script>alert('x')</script> & \"co\""
@@ -17,7 +20,7 @@ VOID = {"meta", "img", "br"}
 CONFUSION = torch.tensor([[812, 11, 5], [13, 59, 2], [6, 0, 66]])
 
 
-def sample(truth: str, answer: str, **changes) -> Sample:
+def example(truth: str, answer: str, **changes) -> Example:
     top = ((answer, 0.813), ("platelet", 0.154))
     given = {
         "image": Image.new("RGB", (24, 32), "tomato"),
@@ -25,7 +28,7 @@ def sample(truth: str, answer: str, **changes) -> Sample:
         "answer": Classification(id=f"{EVIL}.jpg", label=answer, confidence=0.813, top=top),
         "explanation": Explanation(method="rollout", heat=torch.rand(3, 3)),
     }
-    return Sample(**{**given, **changes})
+    return Example(**{**given, **changes})
 
 
 def report(**changes) -> RunReport:
@@ -50,7 +53,7 @@ def report(**changes) -> RunReport:
         "f1": 2 * precision * recall / (precision + recall),
         "confusion": CONFUSION,
         "reliability": torch.tensor([[0, 0, 0], [974, 0.93, 0.9617]]),
-        "samples": [sample(EVIL, EVIL), sample("platelet", EVIL)],
+        "examples": [example(EVIL, EVIL), example("platelet", EVIL)],
         "notes": [f"mind {EVIL}"],
     }
     return RunReport(**{**given, **changes})
@@ -163,7 +166,7 @@ def test_calibration_is_said_in_words(page):
     assert "more sure than it should be" in sure
 
 
-def test_samples_right_and_wrong_stand_apart(page):
+def test_examples_right_and_wrong_stand_apart(page):
     wrong, right = page.text.split("Answered wrongly")[1].split("Answered rightly")
     assert f"Wrong: answered “{EVIL}”, it is “platelet”" in wrong
     assert f"Right: {EVIL}" in right
@@ -171,17 +174,17 @@ def test_samples_right_and_wrong_stand_apart(page):
     assert "It shows where the model looked, not why it answered as it did" in page.text
 
 
-def test_a_sample_without_heat_shows_its_image_alone():
-    bare = Page(training_report(report(samples=[sample("red", "red", explanation=None)])))
+def test_an_example_without_heat_shows_its_image_alone():
+    bare = Page(training_report(report(examples=[example("red", "red", explanation=None)])))
     assert len(bare.all("img")) == 1
     assert "where the model looked" not in bare.text
 
 
-def test_a_run_without_history_or_samples_has_no_such_section():
-    bare = Page(training_report(report(history=History(), samples=())))
+def test_a_run_without_history_or_examples_has_no_such_section():
+    bare = Page(training_report(report(history=History(), examples=())))
     assert bare.open == []
     assert "How it learned" not in bare.text
-    assert "Where it looked" not in bare.text
+    assert "Some of its answers" not in bare.text
 
 
 def test_a_class_without_images_or_answers_has_a_dash():
@@ -191,6 +194,60 @@ def test_a_class_without_images_or_answers_has_a_dash():
     assert "nan" not in Page(html).text
     assert "–" in Page(html).text
     assert "No held-out image was answered wrongly." in html
+
+
+def test_a_network_without_heat_is_not_said_to_have_looked():
+    assert "looked" not in Page(training_report(report(examples=[example("red", "red", explanation=None)]))).text
+
+
+def test_one_epoch_is_one(page):
+    assert page.text.count("1 epoch ") == 2
+    assert "1 epochs" not in page.text
+
+
+def test_tables_wider_than_the_page_are_reached_with_the_keyboard(page):
+    wide = [attributes for tag, attributes in page.tags if attributes.get("class") == "wide"]
+    assert len(wide) == len(page.all("table")) == 4
+    assert all(box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"] for box in wide)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """WCAG 2.2, relative luminance of red, green and blue in 0 … 255."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in colour)]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_a_cell_of_the_matrix_can_be_read_however_full_it_is(theme, strength):
+    """4.5 : 1, as WCAG 2.2 asks for text, in each theme of the style sheet."""
+
+    def told(name: str) -> str:
+        return re.findall(rf"--{name}: ([^;]+);", SHEET)[theme]
+
+    def colour(text: str) -> list[int]:
+        digits = text[1:] if len(text) == 7 else "".join(2 * digit for digit in text[1:])
+        return [int(digits[i : i + 2], 16) for i in (0, 2, 4)]
+
+    share = strength * float(told("most"))
+    shade = [int(value) for value in told("shade").split(",")]
+    cell = [share * s + (1 - share) * p for s, p in zip(shade, colour(told("paper")), strict=True)]
+    low, high = sorted([luminance(cell), luminance(colour(told("ink")))])
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_a_cell_is_as_strong_as_the_root_of_its_share():
+    html = training_report(report())
+    for count, total in ((812, 828), (13, 74), (0, 78)):
+        assert f'<td style="--strength:{(count / total) ** 0.5:.3f}">{count}<' in html
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 60), (2, 60, 20), (3, 9, 9), (5, 8, 300)])
+def test_images_of_any_channels_and_shape_are_shown(shape):
+    shown = example(
+        "red", "red", image=torch.rand(shape), explanation=Explanation(method="rollout", heat=torch.rand(2, 3))
+    )
+    assert len(Page(training_report(report(examples=[shown]))).all("img")) == 2
 
 
 def test_forty_classes_are_all_there():

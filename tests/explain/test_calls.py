@@ -295,18 +295,18 @@ class Foreign(nn.Module):
 def test_the_convolution_tells_the_grid(prefix):
     with record_attention() as record:
         Foreign(prefix)(torch.randn(2, 3, 16, 24))
-    assert place_of(record.maps[0].layout) == place_of(Layout((4, 6), prefix))
+    assert place_of(record.maps[0].layout) == ((4, 6), prefix, 1, None, (0,) if prefix else ())
 
 
 @pytest.mark.parametrize(
     ("rows", "given", "layout"),
     [
-        (197, {}, Layout((14, 14), 1)),
-        (198, {}, Layout((14, 14), 2)),
-        (196, {}, Layout((14, 14), 0)),
+        (197, {}, Layout((14, 14), 1, readout=(0,))),
+        (198, {}, Layout((14, 14), 2, readout=(0,))),
+        (196, {}, Layout((14, 14), 0, readout=())),
         (17, {}, None),  # 1 + 4 x 4 or 8 + 3 x 3
-        (17, {"prefix": 1}, Layout((4, 4), 1)),
-        (17, {"grid": (2, 8)}, Layout((2, 8), 1)),
+        (17, {"prefix": 1}, Layout((4, 4), 1, readout=(0,))),
+        (17, {"grid": (2, 8)}, Layout((2, 8), 1, readout=(0,))),
         (17, {"grid": (2, 8), "prefix": 0}, None),
     ],
 )
@@ -318,7 +318,7 @@ def test_a_square_is_guessed_only_where_just_one_fits(rows, given, layout):
 
 
 def test_foreign_class_rows():
-    """Nobody tells what the head reads: row 0 of a prefix, else the mean."""
+    """Nobody tells what the head reads: row 0 of a prefix, where the class token stands, else the mean."""
     for prefix, rows in ((1, 1), (3, 1), (0, 24)):
         with record_attention(queries="class") as record:
             Foreign(prefix)(torch.randn(2, 3, 16, 24))
@@ -362,4 +362,4 @@ def test_windows_and_reduced_keys_of_foreign_models_have_no_layout():
         Foreign(0)(torch.randn(2, 3, 16, 16))
         F.scaled_dot_product_attention(windows, windows, windows)
         F.scaled_dot_product_attention(torch.randn(2, 1, 16, 4), *torch.randn(2, 2, 1, 4, 4).unbind())
-    assert [place_of(m.layout) for m in record.maps] == [place_of(Layout((4, 4), 0)), None, None]
+    assert [place_of(m.layout) for m in record.maps] == [place_of(Layout((4, 4), readout=())), None, None]

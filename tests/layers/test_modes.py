@@ -43,6 +43,21 @@ def test_the_last_to_leave_restores():
     torch.set_grad_enabled(True)  # left off by ending in this order, which one thread never does
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules_get_their_mode_back(whole):
+    """The wrapper shows the mode of what it wraps, which is switched with it."""
+    model = network()
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model[0] = torch.compile(model[0], backend="eager")
+    before = modes(model)
+    with evaluating(model):
+        assert not any(modes(model))
+    assert modes(model) == before
+    assert before[0]
+
+
 def test_what_was_added_meanwhile_keeps_its_mode():
     model = network()
     with evaluating(model):

@@ -32,7 +32,7 @@ IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
-class Drawing(Figure):
+class Canvas(Figure):
     """A matplotlib figure that belongs to no pyplot and shows itself at the end of a notebook cell."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Small pieces of HTML: tables, bars, pictures inside the page, numbers in words.
 
-Arguments are HTML already, but for alternative texts (`alt`), which are escaped here.
+Arguments are HTML already, but for alternative texts (`alt`) and words from outside (`word`), escaped here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
-from vitrail.draw.canvas import BLUE, GREEN, INK, MUTED, ORANGE, RULE, Drawing, encode
+from vitrail.draw.canvas import BLUE, GREEN, INK, MUTED, ORANGE, RULE, Canvas, encode
 
 THEME = {
     INK: "currentColor",
@@ -23,7 +23,7 @@ THEME = {
 }
 
 
-def inline_svg(drawing: Drawing, alt: str, *, key: str) -> str:
+def inline_svg(drawing: Canvas, alt: str, *, key: str) -> str:
     """`drawing` as an `<svg>` element with the alternative text `alt`; `key` makes its ids unique in the page.
 
     The house's colours become the page's style variables (`style.SHEET`), so that dark mode reaches into the chart.
@@ -41,10 +41,18 @@ def inline_svg(drawing: Drawing, alt: str, *, key: str) -> str:
 def table(caption: str, head: Sequence[str], rows: str) -> str:
     """`caption`, `head` and `rows` are HTML already."""
     names = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return (
-        f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{names}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    inner = f"<table><caption>{caption}</caption><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table>"
+    return wide(caption, inner)
+
+
+def wide(label: str, inner: str) -> str:
+    """What may be wider than the page scrolls by itself, with the keyboard too."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{inner}</div>'
+
+
+def word(text: str) -> str:
+    """A name from outside, escaped, that breaks between words and within one only if it is very long."""
+    return f'<span class="word">{escape(text)}</span>'
 
 
 def figure(inner: str) -> str:
@@ -68,6 +76,10 @@ def percent(value: float) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
+
+
+def epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count:,} epochs"
 
 
 def duration(seconds: float) -> str:

@@ -20,22 +20,19 @@ from pathlib import Path
 from PIL import Image
 
 from vitrail.draw.canvas import encode
-from vitrail.draw.markup import duration, figure, image, inline_svg, meter, percent, table, times
+from vitrail.draw.markup import duration, epochs, figure, image, inline_svg, meter, percent, table, times, wide, word
 from vitrail.draw.pictures import overlay, to_picture
 from vitrail.draw.plots import (
     READABLE,
-    calibration_error,
     confusion_matrix,
     learning_curves,
     most_confused,
     recorded,
     reliability_diagram,
 )
-from vitrail.draw.runs import RunReport, Sample
+from vitrail.draw.runs import Example, RunReport
 from vitrail.draw.style import PANES, SHEET
 from vitrail.files import write_whole
-
-__all__ = ["RunReport", "Sample", "training_report", "write_page"]
 
 TABLE_CLASSES = 12
 """classes up to which the confusion matrix is a table; beyond it is a picture"""
@@ -78,12 +75,11 @@ def _summary(report: RunReport) -> str:
 
 
 def _trained(report: RunReport) -> str:
-    epochs = len(report.history)
     images = f"{sum(report.counts['train']):,} images" if "train" in report.counts else "the training images"
     return (
         f"The model <b>{escape(report.model)}</b> with {report.parameters:,} parameters was trained on"
         f" {images} of <b>{escape(report.data)}</b> to tell {len(report.classes)} classes apart:"
-        f" {epochs} epoch{'s' if epochs != 1 else ''} in {duration(report.seconds)}."
+        f" {epochs(len(report.history))} in {duration(report.seconds)}."
     )
 
 
@@ -176,7 +172,7 @@ def _classes(report: RunReport) -> str:
 def _class_table(report: RunReport, chosen: Iterable[int], caption: str) -> str:
     scores = list(zip(report.precision.tolist(), report.recall.tolist(), report.f1.tolist(), strict=True))
     rows = "".join(
-        f'<tr><th scope="row">{escape(report.classes[i])}</th><td>{report.support[i]:,}</td>'
+        f'<tr><th scope="row">{word(report.classes[i])}</th><td>{report.support[i]:,}</td>'
         + "".join(f'<td class="bar">{percent(score)}{meter(score)}</td>' for score in scores[i])
         + "</tr>"
         for i in chosen
@@ -194,24 +190,22 @@ def _confusion(report: RunReport) -> str:
 
 
 def _matrix(report: RunReport) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in report.classes)
+    head = "".join(f'<th scope="col">{word(name)}</th>' for name in report.classes)
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(count, total) for count in counts)}</tr>'
+        f'<tr><th scope="row">{word(name)}</th>{"".join(_cell(count, total) for count in counts)}</tr>'
         for name, counts, total in zip(report.classes, report.confusion.tolist(), report.support, strict=True)
     )
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix"><table class="matrix">'
-        "<caption>Images, and their share of the true class</caption>"
-        f"<thead><tr><td>truth ↓ answer →</td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return wide(
+        "Confusion matrix",
+        '<table class="matrix"><caption>Images, and their share of the true class</caption>'
+        f"<thead><tr><td>truth ↓ answer →</td>{head}</tr></thead><tbody>{rows}</tbody></table>",
     )
 
 
 def _cell(count: float, total: int) -> str:
     share = count / max(total, 1)
-    strength = math.sqrt(share)
-    dark = ' class="dark"' if strength > 0.6 else ""
     words = f"{count:,.0f}<small>{percent(share)}</small>" if count else "0"
-    return f'<td{dark} style="background:rgba(var(--shade),{strength:.3f})">{words}</td>'
+    return f'<td style="--strength:{math.sqrt(share):.3f}">{words}</td>'
 
 
 def _mistakes(report: RunReport) -> str:
@@ -219,7 +213,7 @@ def _mistakes(report: RunReport) -> str:
     if not pairs:
         return "<p>No held-out image was answered wrongly.</p>"
     rows = "".join(
-        f'<tr><th scope="row">{escape(p.truth)} → {escape(p.answer)}</th><td>{p.images:,}</td>'
+        '<tr><th scope="row">' + word(f"{p.truth} → {p.answer}") + f"</th><td>{p.images:,}</td>"
         f"<td>{percent(p.share)}</td></tr>"
         for p in pairs
     )
@@ -233,7 +227,7 @@ def _calibration(report: RunReport) -> str:
     mean, right = (count @ confidence).item() / total, (count @ accuracy).item() / total
     leans = ("more often right than it claims", "about as sure as it should be", "more sure than it should be")
     lean = leans[1 + (mean - right > 0.01) - (right - mean > 0.01)]
-    alt = f"Accuracy over confidence; calibration error {percent(calibration_error(report.reliability))}"
+    alt = f"Accuracy over confidence; calibration error {percent(report.figures['ece'])}"
     chart = inline_svg(reliability_diagram(report.reliability), alt, key="reliability")
     return (
         '<div class="split"><div>'
@@ -246,9 +240,9 @@ def _calibration(report: RunReport) -> str:
     )
 
 
-def _samples(report: RunReport) -> str:
-    wrong, right = [s for s in report.samples if not s.right], [s for s in report.samples if s.right]
-    methods = {s.explanation.method for s in report.samples if s.explanation}
+def _examples(report: RunReport) -> str:
+    wrong, right = [s for s in report.examples if not s.right], [s for s in report.examples if s.right]
+    methods = {s.explanation.method for s in report.examples if s.explanation}
     names = " / ".join(escape(METHODS.get(method, method)) for method in sorted(methods))
     legend = (
         f'<p>Beside each image: its {names}, from little <span class="scale" aria-hidden="true"></span> to much,'
@@ -261,34 +255,34 @@ def _samples(report: RunReport) -> str:
     )
 
 
-def _gallery(title: str, samples: Sequence[Sample]) -> str:
-    if not samples:
+def _gallery(title: str, examples: Sequence[Example]) -> str:
+    if not examples:
         return ""
-    return f'<h3>{title}</h3><div class="samples">{"".join(map(_sample, samples))}</div>'
+    return f'<h3>{title}</h3><div class="examples">{"".join(map(_example, examples))}</div>'
 
 
-def _sample(sample: Sample) -> str:
-    answer, truth = escape(sample.answer.label), escape(sample.truth)
-    verdict = f"Right: {answer}" if sample.right else f"Wrong: answered “{answer}”, it is “{truth}”"
-    top = sample.answer.top[:3] or ((sample.answer.label, sample.answer.confidence),)
+def _example(example: Example) -> str:
+    answer, truth = escape(example.answer.label), escape(example.truth)
+    verdict = f"Right: {answer}" if example.right else f"Wrong: answered “{answer}”, it is “{truth}”"
+    top = example.answer.top[:3] or ((example.answer.label, example.answer.confidence),)
     rows = "".join(
         f"<li><span>{escape(name)}</span><span>{percent(share)}</span>{meter(share)}</li>" for name, share in top
     )
-    name = f'<div class="small">{escape(sample.answer.id)}</div>' if sample.answer.id else ""
+    name = f'<div class="small">{escape(example.answer.id)}</div>' if example.answer.id else ""
     return (
-        f'<figure class="sample{"" if sample.right else " wrong"}"><div class="pair">{_pair(sample)}</div>'
+        f'<figure class="example{"" if example.right else " wrong"}"><div class="pair">{_pair(example)}</div>'
         f'<figcaption><span class="verdict">{verdict}</span><ol>{rows}</ol>{name}</figcaption></figure>'
     )
 
 
-def _pair(sample: Sample) -> str:
-    picture = Image.fromarray(to_picture(sample.image))
+def _pair(example: Example) -> str:
+    picture = Image.fromarray(to_picture(example.image))
     scale = min(max(160 / min(picture.size), 1), 320 / max(picture.size))
     picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    plain = image(encode(picture, "webp", quality=88), "webp", f"An image of class {sample.truth}")
-    if sample.explanation is None:
+    plain = image(encode(picture, "webp", quality=88), "webp", f"An image of class {example.truth}")
+    if example.explanation is None:
         return plain
-    heated = encode(overlay(picture, sample.explanation.heat, alpha=0.6), "webp", quality=88)
+    heated = encode(overlay(picture, example.explanation.heat, alpha=0.6), "webp", quality=88)
     return plain + image(heated, "webp", "The same image with the places the model looked at lit up")
 
 
@@ -300,7 +294,7 @@ def _facts(report: RunReport) -> str:
         "command": f"<code>{_words(report.command)}</code>",
         "machine": escape(report.machine),
         "date": escape(report.date),
-        "training time": f"{duration(report.seconds)}, {len(report.history)} epochs",
+        "training time": f"{duration(report.seconds)}, {epochs(len(report.history))}",
         f"figures on {escape(report.split)}": ", ".join(_figure_words(n, v) for n, v in report.figures.items()),
     }
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
@@ -318,10 +312,10 @@ def _figure_words(name: str, value: float) -> str:
 
 def _count_table(report: RunReport) -> str:
     def row(name: str, counts: Iterable[int]) -> str:
-        return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{n:,}</td>" for n in counts)}</tr>'
+        return f'<tr><th scope="row">{word(name)}</th>{"".join(f"<td>{n:,}</td>" for n in counts)}</tr>'
 
     splits = list(report.counts.values())
-    rows = "".join(row(escape(name), (s[i] for s in splits)) for i, name in enumerate(report.classes))
+    rows = "".join(row(name, (s[i] for s in splits)) for i, name in enumerate(report.classes))
     head = ("class", *map(escape, report.counts))
     counts = table("Images of every class", head, rows + row("all", (sum(s) for s in splits)))
     if len(report.classes) <= READABLE:
@@ -348,6 +342,6 @@ SECTIONS = (
     _Section("classes", "Class by class", _classes),
     _Section("confusion", "What is taken for what", _confusion),
     _Section("calibration", "How far to believe its confidence", _calibration),
-    _Section("samples", "Where it looked", _samples, lambda r: bool(r.samples)),
+    _Section("examples", "Some of its answers", _examples, lambda r: bool(r.examples)),
     _Section("run", "The run", _facts),
 )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitrail.draw.canvas import INK, SMALL, Drawing
+from vitrail.draw.canvas import INK, SMALL, Canvas
 from vitrail.images import AnyImage, to_pixels
 from vitrail.names import nearest
 from vitrail.records import Explanation
@@ -54,24 +54,21 @@ def overlay(
     alpha: float = 0.5,
     cmap: str = "inferno",
     size: tuple[int, int] | None = None,
-    fade: bool = False,
 ) -> Image.Image:
     """`heat` (h, w), scaled to its own range, in colour over the image.
 
-    `alpha` is the weight of the colour, 0 … 1; with `fade` it falls with the heat, so that cold places show the bare
-    image. `cmap` is a matplotlib colour map; the default is readable with any kind of colour vision and in grey.
-    `size` is the (height, width) of the result, by default the image's.
+    `alpha` is the weight of the colour, 0 … 1. `cmap` is a matplotlib colour map; the default is readable with any kind
+    of colour vision and in grey. `size` is the (height, width) of the result, by default the image's.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1]; got {alpha}")
     picture = _resized(to_picture(image), size)
     level = _enlarged(heat, picture.shape[:2])
-    weight = alpha * (level if fade else np.ones_like(level))[..., None]
-    mixed = (1 - weight) * picture + weight * 255 * _colormap(cmap)(level)[..., :3]
+    mixed = (1 - alpha) * picture + alpha * 255 * _colormap(cmap)(level)[..., :3]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def head_grid(image: AnyImage, maps: Tensor, *, columns: int = 4, cmap: str = "inferno") -> Drawing:
+def head_grid(image: AnyImage, maps: Tensor, *, columns: int = 4, cmap: str = "inferno") -> Canvas:
     """The image, then one panel a head with its number (from 0). `maps` is (heads, h, w)."""
     if maps.ndim != 3 or not len(maps):
         raise ValueError(f"maps must be (heads, h, w) with at least one head; got shape {tuple(maps.shape)}")
@@ -87,7 +84,7 @@ def layer_row(
     columns: int | None = None,
     caption: str = "image",
     cmap: str = "inferno",
-) -> Drawing:
+) -> Canvas:
     """The image under its `caption` and one panel a map. `maps` are (h, w) each and may differ in size.
 
     By default that is one row. With `columns` it is rows of so many maps, the image at the head of each.
@@ -104,7 +101,7 @@ def layer_row(
     return sheet(pictures, captions, columns=columns + 1)
 
 
-def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: int = 4) -> Drawing:
+def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: int = 4) -> Canvas:
     """Pictures in rows of `columns`, each under its caption (wrapped; empty or no captions at all are fine)."""
     if not images:
         raise ValueError("a sheet needs at least one image; got none")
@@ -119,7 +116,7 @@ def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: 
         max(_inches(picture, line) for picture, line in zip(pictures[i:][:columns], lines[i:][:columns], strict=True))
         for i in range(0, len(pictures), columns)
     ]
-    drawing = Drawing(PANEL * columns, sum(heights), "compressed")
+    drawing = Canvas(PANEL * columns, sum(heights), "compressed")
     grid = drawing.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for axes in grid.flat[len(pictures) :]:
         axes.set_axis_off()
@@ -128,7 +125,7 @@ def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: 
     return drawing
 
 
-def patch_picture(image: AnyImage, patch_size: int | tuple[int, int] = 16) -> Drawing:
+def patch_picture(image: AnyImage, patch_size: int | tuple[int, int] = 16) -> Canvas:
     """The image beside the patches that a `PatchEmbed` cuts it into, with their numbers in reading order, from 0.
 
     `patch_size` is one side or (height, width) in pixels. Pixels that fill no whole patch are cut off evenly around
@@ -143,7 +140,7 @@ def patch_picture(image: AnyImage, patch_size: int | tuple[int, int] = 16) -> Dr
         )
     picture = _whole_patches(whole, high, wide)
     rows, columns = picture.shape[0] // high, picture.shape[1] // wide
-    drawing = Drawing(11, 5.4 * min(max(picture.shape[0] / picture.shape[1], 0.3), 2) + 0.5)
+    drawing = Canvas(11, 5.4 * min(max(picture.shape[0] / picture.shape[1], 0.3), 2) + 0.5)
     left, right = drawing.subplots(1, 2)
     cut = "" if picture.shape == whole.shape else f", cut from {whole.shape[0]} x {whole.shape[1]}"
     _show(left, picture, f"{picture.shape[0]} x {picture.shape[1]} pixels{cut}")

@@ -1,4 +1,4 @@
-"""Charts of figures: learning curves, confusion, calibration, one bar a class. Tensors and a `History` in, figures out.
+"""Charts of figures: learning curves, confusion, calibration. Tensors and a `History` in, figures out.
 
 Colours are told apart with any kind of colour vision, and no chart rests on colour alone.
 
@@ -17,7 +17,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from vitrail.draw.canvas import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, Drawing, dress
+from vitrail.draw.canvas import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, Canvas, dress
 from vitrail.records import History
 
 READABLE = 30
@@ -25,6 +25,7 @@ READABLE = 30
 NAMED = 120
 """classes up to which a confusion matrix names its rows in small print"""
 PERCENT = PercentFormatter(1, decimals=0)
+FILL = (BLUE, 0.25)
 SHADES = colormaps["Blues"]
 FAINT = PowerNorm(0.5, vmin=0, vmax=1)
 """the square root of a share: a mistake of 1 % is still seen"""
@@ -40,7 +41,7 @@ class Confused(NamedTuple):
     """of all images of class `truth`, 0 … 1"""
 
 
-def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores", "lr")) -> Drawing:
+def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores", "lr")) -> Canvas:
     """Panels side by side over the epochs: `loss` (train and validation), `scores` (accuracies), `lr` (learning rate).
 
     A panel for which the history holds nothing is left out. Raises `ValueError` if none is left.
@@ -51,7 +52,7 @@ def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores",
     present = [panel for panel in panels if recorded(history, panel)]
     if not present:
         raise ValueError(f"the history must hold figures for {', '.join(panels)}; got {len(history)} epochs without")
-    drawing = Drawing(3.7 * len(present), 2.8)
+    drawing = Canvas(3.7 * len(present), 2.8)
     for axes, name in zip(drawing.subplots(1, len(present), squeeze=False).flat, present, strict=True):
         PANELS[name].draw(axes, history)
     return drawing
@@ -62,13 +63,13 @@ def recorded(history: History, panel: str) -> bool:
     return any(name in row for row in history.rows for name in PANELS[panel].lines)
 
 
-def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Drawing:
+def confusion_matrix(confusion: Tensor, classes: Sequence[str]) -> Canvas:
     """`confusion` (K, K) counts, rows are the truth. Colour is the share of a row; up to 30 classes every cell is
     numbered (count and share), beyond that `most_confused` lists what matters."""
     counts = _counts(confusion, classes)
     shares = _shares(counts)
     size = min(3.2 + 0.55 * len(classes), 13.0)
-    drawing = Drawing(size + (1.6 if len(classes) > READABLE else 0), size, "compressed")
+    drawing = Canvas(size + (1.6 if len(classes) > READABLE else 0), size, "compressed")
     axes = drawing.subplots()
     dress(axes, x="answer", y="truth")
     axes.grid(visible=False)
@@ -102,25 +103,25 @@ def calibration_error(reliability: Tensor) -> float:
     return float((count * np.abs(confidence - accuracy)).sum() / max(count.sum(), 1))
 
 
-def reliability_diagram(reliability: Tensor) -> Drawing:
+def reliability_diagram(reliability: Tensor) -> Canvas:
     """Accuracy over confidence, with the number of images at each confidence below.
 
     `reliability` is (bins, 3): count, mean confidence, accuracy, in equal bins over [0, 1].
     """
     count, confidence, accuracy = _bins(reliability)
-    drawing = Drawing(4.4, 4.4)
+    drawing = Canvas(4.4, 4.4)
     upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     dress(upper, f"calibration error {calibration_error(reliability):.1%}", y="accuracy")
     dress(lower, x="confidence", y="images")
     left = np.arange(len(count)) / len(count)
     filled = count > 0
     box = {"width": 1 / len(count), "align": "edge", "edgecolor": BLUE, "linewidth": 0.8}
-    upper.bar(left[filled], accuracy[filled], color=(0, 0.45, 0.7, 0.25), **box)
+    upper.bar(left[filled], accuracy[filled], color=FILL, **box)
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1, label="confidence = accuracy")
     upper.plot(confidence[filled], accuracy[filled], "o", color=ORANGE, markersize=4.5, label="images at a confidence")
     upper.legend(fontsize=SMALL, frameon=False, labelcolor=INK, loc="upper left")
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
-    lower.bar(left, count, color=(0, 0.45, 0.7, 0.25), **box)
+    lower.bar(left, count, color=FILL, **box)
     for axis in (upper.xaxis, upper.yaxis, lower.xaxis):
         axis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -231,6 +232,6 @@ def _number_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
     points = min(9.0, 170 / len(counts))
     for (i, j), count in np.ndenumerate(counts):
         if count:
-            dark = sum(SHADES(float(FAINT(shares[i, j])))[:3]) < 1.6
+            dark = sum(SHADES(float(FAINT(shares[i, j])))[:3]) < 1.5  # where ink and white are equally well read
             words = f"{count:,.0f}\n{shares[i, j]:.0%}"
             axes.text(j, i, words, ha="center", va="center", fontsize=points, color="white" if dark else INK)

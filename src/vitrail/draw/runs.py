@@ -17,7 +17,7 @@ NEEDED = ("accuracy", "balanced_accuracy", "ece")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Example:
     """One held-out image, what the model answered, and where it looked."""
 
     image: AnyImage
@@ -67,7 +67,7 @@ class RunReport:
     """(K, K) counts, rows are the truth"""
     reliability: Tensor
     """(bins, 3): count, mean confidence, accuracy"""
-    samples: Sequence[Sample] = ()
+    examples: Sequence[Example] = ()
     notes: Sequence[str] = ()
     """what a reader should mind, in plain sentences"""
 

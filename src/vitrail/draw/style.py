@@ -4,13 +4,13 @@ SHEET = """
 :root {
   color-scheme: light dark;
   --paper: #fbfaf7; --card: #ffffff; --ink: #1f2933; --muted: #5d6975; --rule: #dcdfe3;
-  --blue: #0072b2; --orange: #c65102; --green: #00805e; --shade: 0, 114, 178;
+  --blue: #0072b2; --orange: #c65102; --green: #00805e; --shade: 0, 114, 178; --most: .7;
   --good: #00734f; --bad: #b3430a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181d; --card: #1c2229; --ink: #e6e9ec; --muted: #9aa6b2; --rule: #343d47;
-    --blue: #5cb3e6; --orange: #f2914a; --green: #3cc79c; --shade: 92, 179, 230;
+    --blue: #5cb3e6; --orange: #f2914a; --green: #3cc79c; --shade: 92, 179, 230; --most: .55;
     --good: #4fd1a5; --bad: #f7a06b;
   }
 }
@@ -58,31 +58,34 @@ caption { text-align: left; color: var(--muted); font-size: .9rem; padding-botto
 th, td { padding: .4rem .8rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: middle; }
 th { font-weight: 600; }
 thead th { color: var(--muted); font-size: .88rem; vertical-align: bottom; }
-th[scope=row], thead th:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; min-width: 6rem; }
+th[scope=row], thead th:first-child { text-align: left; padding-left: 0; min-width: 6rem; }
+.word { display: inline-block; max-width: 16rem; overflow-wrap: break-word; vertical-align: bottom; }
 .bar { min-width: 7.5rem; }
 .bar .meter { margin: .15rem 0 0; height: .35rem; }
-.matrix td { text-align: center; min-width: 4.6rem; border: 2px solid var(--paper); padding: .55rem .4rem; }
-.matrix thead th { text-align: center; max-width: 9rem; overflow-wrap: anywhere; }
+.matrix td {
+  text-align: center; min-width: 4.6rem; border: 2px solid var(--paper); padding: .55rem .4rem;
+  background: rgba(var(--shade), calc(var(--most) * var(--strength, 0)));
+}
+.matrix thead th { text-align: center; padding: .4rem; }
+.matrix .word { max-width: 8rem; }
 .matrix th[scope=row] { border: 0; }
 .matrix thead td { border: 0; min-width: 0; text-align: left; color: var(--muted); font-size: .82rem; }
-.matrix small { display: block; color: inherit; opacity: .85; }
-.matrix .dark { color: #ffffff; }
-@media (prefers-color-scheme: dark) { .matrix .dark { color: #0b1117; } }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
-.sample {
+.matrix small { display: block; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
+.example {
   margin: 0; background: var(--card); border: 1px solid var(--rule); border-top: 4px solid var(--good);
   border-radius: .5rem; padding: .7rem;
 }
-.sample.wrong { border-top-color: var(--bad); }
+.example.wrong { border-top-color: var(--bad); }
 .pair { display: flex; gap: .4rem; }
-.pair img { flex: 1; min-width: 0; width: 50%; align-self: flex-start; }
-.sample figcaption { margin-top: .6rem; color: var(--ink); overflow-wrap: anywhere; }
+.pair img { flex: 1; min-width: 0; width: 50%; max-height: 20rem; object-fit: contain; align-self: flex-start; }
+.example figcaption { margin-top: .6rem; color: var(--ink); overflow-wrap: anywhere; }
 .verdict { font-weight: 600; color: var(--good); }
 .wrong .verdict { color: var(--bad); }
-.sample ol { list-style: none; margin: .45rem 0 0; padding: 0; font-size: .86rem; }
-.sample li { display: grid; grid-template-columns: 1fr 3.2rem; gap: 0 .6rem; }
-.sample li .meter { grid-column: 1 / -1; margin: .1rem 0 .3rem; height: .25rem; }
-.sample li span:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; }
+.example ol { list-style: none; margin: .45rem 0 0; padding: 0; font-size: .86rem; }
+.example li { display: grid; grid-template-columns: 1fr 3.2rem; gap: 0 .6rem; }
+.example li .meter { grid-column: 1 / -1; margin: .1rem 0 .3rem; height: .25rem; }
+.example li span:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; }
 .scale { display: inline-block; width: 8rem; height: .7rem; border-radius: .2rem; vertical-align: baseline;
   margin: 0 .4rem; background: linear-gradient(90deg, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4); }
 code span { white-space: nowrap; }
@@ -96,15 +99,18 @@ code {
 footer { padding-top: 2rem; padding-bottom: 3rem; }
 @media (max-width: 34rem) {
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: .6rem; }
-  th, td { padding: .35rem .45rem; } .bar { min-width: 4.5rem; } .matrix td { min-width: 3.6rem; }
+  th, td { padding: .35rem .3rem; } .bar { min-width: 3.4rem; } .matrix td { min-width: 3.6rem; }
+  .word { max-width: 8rem; } .matrix .word { max-width: 6rem; }
 }
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #000; --muted: #444; --rule: #bbb; --blue: #0072b2;
-    --orange: #c65102; --green: #00805e; --shade: 0, 114, 178; --good: #00734f; --bad: #b3430a; color-scheme: light; }
+    --orange: #c65102; --green: #00805e; --shade: 0, 114, 178; --most: .7; --good: #00734f; --bad: #b3430a;
+    color-scheme: light; }
   body { font-size: 10.5pt; } nav { display: none; } h2 { margin-top: 1.6rem; }
-  h2, h3, caption { break-after: avoid; } .split { grid-template-columns: 1fr 1fr; }
-  figure, .tile, tr, .sample { break-inside: avoid; } .wide { overflow: visible; } .matrix .dark { color: #fff; }
-  .samples, .charts { grid-template-columns: repeat(3, 1fr); }
+  h2, h3, caption { break-after: avoid; } .split { display: block; }
+  figure, .tile, tr, .example { break-inside: avoid; } .wide { overflow: visible; }
+  .split > .wide { max-width: none; } .matrix { font-size: 7.5pt; } .matrix td { min-width: 0; padding: .3rem .2rem; }
+  .examples, .charts { grid-template-columns: repeat(3, 1fr); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

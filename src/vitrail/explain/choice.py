@@ -14,12 +14,17 @@ Heads = Literal["mean"] | int | Sequence[int] | None
 Queries = Literal["class"] | Sequence[int] | None
 
 
-def readout_rows(layout: Layout) -> tuple[int, ...]:
-    """The rows that the head reads, () for the mean of the image tokens.
+class CannotExplainError(ValueError):
+    """A method does not apply to this network: nothing in the call could be changed to make it."""
 
-    Where nobody told, as in foreign models, it is row 0 of the prefix, and without a prefix the mean.
+
+def readout_rows(layout: Layout) -> tuple[int, ...] | None:
+    """The rows that the head reads, () for the mean of the image tokens, None where nobody can tell.
+
+    Where nobody told, it is the one row of the prefix, or without a prefix the mean. Of several rows, which may be
+    object queries, each could be the one.
     """
-    if layout.readout is None:
+    if layout.readout is None and layout.prefix < 2:
         return (0,) if layout.prefix else ()
     return layout.readout
 
@@ -73,12 +78,12 @@ class Choice:
         numbers = None if isinstance(self.heads, str) else _in_range("heads", self.heads, heads, layer)
         if not isinstance(self.queries, str):
             kept = _in_range("queries", self.queries, rows, layer)
-        elif layout is not None:
-            kept = readout_rows(layout) or _image_rows(layout, rows)
+        elif layout is not None and (read := readout_rows(layout)) is not None:
+            kept = read or _image_rows(layout, rows)
         elif self.layers is None:
             return None
         else:
-            raise ValueError(no_class_rows(f"layer {layer} has"))
+            raise no_class_rows(f"layer {layer} has")
         return Part(layout, windows, numbers, kept, self.heads == "mean", heads)
 
 
@@ -86,10 +91,11 @@ def _image_rows(layout: Layout, count: int) -> tuple[int, ...] | None:
     return tuple(range(layout.prefix, count)) if layout.prefix else None
 
 
-def no_class_rows(who: str) -> str:
-    return (
-        f"queries='class' needs to know what each row stands for, and {who} no layout: give row numbers or None, or, "
-        "for a foreign model, grid=(h, w) and prefix=; windows and reduced keys of foreign models cannot be placed"
+def no_class_rows(who: str) -> CannotExplainError:
+    return CannotExplainError(
+        f"queries='class' needs to know what each row stands for and which of them the head reads, and {who} no layout "
+        "that tells: give row numbers or None, or, for a foreign model, grid=(h, w) and prefix=; windows and reduced "
+        "keys of foreign models cannot be placed"
     )
 
 

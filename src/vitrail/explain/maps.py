@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from vitrail.explain.chain import check_chain, check_tail, keys, queries
 from vitrail.explain.choice import Heads, readout_rows
 from vitrail.explain.places import Query, chosen_rows, known_layout, on_image
 from vitrail.explain.record import AttentionMap, record_attention
@@ -52,14 +53,20 @@ def fuse_heads(weights: Tensor, heads: Fusion = "mean") -> Tensor:
     return weights[:, numbers]
 
 
-def attention_map(seen: AttentionMap, heads: Fusion = "mean", query: Query = "class") -> Tensor:
+def attention_map(
+    seen: AttentionMap, heads: Fusion = "mean", query: Query | None = None, *, row: int | None = None
+) -> Tensor:
     """What one query looks at in one layer: (B, h, w) on the grid of the keys; cells that it does not see are 0.
 
-    `query` is "class" for what the head reads (the class token, two such tokens, or the mean of the image tokens), an
-    image cell by number or (row, column), or "mean" over all rows recorded. Several heads by a list are averaged.
-    Raises `ValueError` where the layout is unknown, or where the query or a head was not recorded.
+    `query` is "class", the default, for what the head reads (the class token, two such tokens, or the mean of the image
+    tokens), an image cell by number or (row, column), or "mean" over all rows recorded. Instead of it, `row` is a row's
+    number among all rows, counted from 0: the one way to name a row that is no image cell, such as an object query or
+    a register; with windows, it is that row of each. Several heads by a list are averaged.
+
+    Raises `ValueError` where the query, the row or a head was not recorded, and `CannotExplainError` where the layout
+    is unknown, or does not say which of several prefix rows the head reads.
     """
-    chosen = chosen_rows(seen, query)  # (B, W, Q)
+    chosen = chosen_rows(seen, query, row)  # (B, W, Q)
     maps = _by_window(seen, heads)  # (B, W, Q, K)
     rows = torch.where(chosen[..., None], maps, 0).sum(2)  # (B, W, K)
     return on_image(rows / chosen.sum((1, 2))[:, None, None], seen)
@@ -73,25 +80,40 @@ def rollout(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: 
     but never those on a class token that the head reads. Weights below 0, which mixed heads may have, are no flow and
     count as 0. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3.
 
-    Raises `ValueError` for maps whose product means nothing: windowed, with reduced keys, in part, or not consecutive.
+    Raises `ValueError` for maps recorded in part or not one after the other, and `CannotExplainError` for those whose
+    product means nothing: windowed, with reduced keys, or of other tokens than the layer before.
     """
     if not 0 <= discard < 1:
         raise ValueError(f"discard is a fraction of the weights, in [0, 1); got {discard}")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be {', '.join(FUSIONS)}; got {fusion!r}: {nearest(str(fusion), FUSIONS, 1)[0]}?")
-    _check_chain(maps, fusion)
+    check_chain(maps, fusion)
     return reduce(lambda below, step: step @ below, (_step(seen, fusion, discard) for seen in maps))
 
 
 def rollout_map(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: float = 0.0) -> Tensor:
     """Rollout from what the head reads to the image, (B, h, w): the class token, or the mean of the image tokens.
 
-    Where the last map is attention pooling, whose query is none of the tokens, it tells how to weigh the tokens.
+    The last layers may have fewer queries than keys; what they tell is how to weigh the tokens of the layers before.
+
+    Attention pooling (one layer, its query none of its keys) weighs them by its attention A alone: it has no residual
+    branch, so nothing of the query itself is in what the head reads.
+
+    Class attention (Touvron et al. 2021, "Going deeper with Image Transformers", section 3) is one layer or several
+    whose keys are its own queries, the class token c, and then all tokens X of the layers before, which it leaves as
+    they are. Only c has a residual branch, so a layer maps (c, X) to (0.5 A (c, X) + 0.5 c, X). The first of them finds
+    a class token that is made of nothing but itself, for no layer before knew it. With A = (a, α), a on c and α on X,
+    and s the share of c in c (1 at first), r the row of c over X (0 at first), each layer makes of them
+
+        s ← 0.5 a s + 0.5 s,    r ← 0.5 a r + 0.5 r + 0.5 α,
+
+    and the answer is r times the rollout of the layers before. It sums to 1 - s: the rest is the class token's own,
+    which lies nowhere on the image, as in a network whose class token was there from the first layer on.
     """
-    pooling = maps[-1] if len(maps) > 1 and maps[-1].weights.shape[-2] != maps[0].weights.shape[-2] else None
-    body = maps[:-1] if pooling else maps
-    whole = rollout(body, fusion, discard)  # (B, Q, K)
-    read = _pooled(pooling, fusion, whole.shape[-1]) if pooling else _read(body[-1], whole.dtype)
+    end = next((n for n, seen in enumerate(maps) if n and queries(seen) < keys(seen)), len(maps))
+    body, tail = maps[:end], maps[end:]
+    whole = rollout(body, fusion, discard)  # (B, N, N)
+    read = _through_tail(tail, body[-1], fusion, discard) if tail else _read(body[-1], whole.dtype)
     return on_image(read @ whole, body[0])
 
 
@@ -183,11 +205,11 @@ def _among_recorded(seen: AttentionMap, heads: Fusion) -> Fusion:
 
 
 def _step(seen: AttentionMap, fusion: FusionName, discard: float) -> Tensor:
-    """(B, N, N): attention and the residual branch in equal parts, rows summing to 1."""
+    """(B, Q, K): attention and the residual branch in equal parts, rows summing to 1; queries are the first keys."""
     weights = _flow(seen, fusion)
-    read = readout_rows(seen.layout) if seen.layout else ()
+    read = (readout_rows(seen.layout) or ()) if seen.layout else ()
     weights = _without_smallest(weights, discard, [n for n in range(weights.shape[-1]) if n not in read])
-    mixed = 0.5 * weights + 0.5 * torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    mixed = 0.5 * weights + 0.5 * torch.eye(*weights.shape[-2:], dtype=weights.dtype, device=weights.device)
     return mixed / mixed.sum(-1, keepdim=True)
 
 
@@ -197,77 +219,47 @@ def _flow(seen: AttentionMap, fusion: FusionName) -> Tensor:
 
 
 def _read(last: AttentionMap, dtype: torch.dtype) -> Tensor:
-    """(B, 1, Q): how the head weighs the tokens that leave the last layer."""
+    """(B, 1, Q): how the head weighs the rows that leave the last layer. Of a single row nothing need be known."""
+    if queries(last) == 1:
+        return torch.ones(len(last.weights), 1, 1, dtype=dtype, device=last.weights.device)
     rows = chosen_rows(last, "class").to(dtype)
     return rows / rows.sum(-1, keepdim=True)
 
 
 def _without_smallest(weights: Tensor, fraction: float, columns: list[int]) -> Tensor:
     """(…, K) with the smallest of each row set to 0, that fraction (rounded down) of `columns`."""
+    count = int(fraction * len(columns) + 1e-9)  # 0.29 · 100 is 28.999… in floating point
     among = torch.tensor(columns, device=weights.device)
-    places = weights[..., among].topk(int(fraction * len(columns)), dim=-1, largest=False).indices
+    places = weights[..., among].topk(count, dim=-1, largest=False).indices
     return weights.scatter(-1, among[places], 0.0)
+
+
+# ---- rollout through the last layers, which have fewer queries than keys
+
+
+def _through_tail(tail: Sequence[AttentionMap], below: AttentionMap, fusion: FusionName, discard: float) -> Tensor:
+    """(B, 1, N): how what the head reads weighs the N tokens that leave `below`, the layer before the tail."""
+    check_tail(tail, below, fusion)
+    last = tail[-1]
+    if keys(last) <= keys(below):
+        return _pooled(last, fusion, keys(below))
+    steps = (_with_tokens(_step(seen, fusion, discard)) for seen in tail)
+    state = reduce(lambda before, step: step @ before, steps)[:, : queries(last)]  # (B, Q, Q + N)
+    return (_read(last, state.dtype) @ state)[..., queries(last) :]
 
 
 def _pooled(pooling: AttentionMap, fusion: FusionName, tokens: int) -> Tensor:
     """(B, 1, N): how attention pooling weighs all tokens, or only those after the prefix."""
-    _check_fusion(pooling, fusion)
-    weights = _flow(pooling, fusion).mean(1, keepdim=True)  # (B, 1, K)
-    missing = tokens - weights.shape[-1]
-    if missing < 0:
-        raise ValueError(f"layer {pooling.layer} pools {weights.shape[-1]} tokens where only {tokens} came before it")
-    weights = torch.nn.functional.pad(weights, (missing, 0))
+    weights = _flow(pooling, fusion)
+    weights = _read(pooling, weights.dtype) @ weights  # (B, 1, K)
+    weights = torch.nn.functional.pad(weights, (tokens - weights.shape[-1], 0))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _check_chain(maps: Sequence[AttentionMap], fusion: FusionName) -> None:
-    """Raises `ValueError` unless the maps can be multiplied."""
-    if not maps:
-        raise ValueError("rollout needs at least one attention map; got none: see record_attention")
-    for below, seen in zip([None, *maps], maps, strict=False):
-        _check_fusion(seen, fusion)
-        reason = _not_square(seen) or (_not_next(below, seen) if below else "")
-        if reason:
-            raise ValueError(
-                "rollout is a product of matrices, each of which must lead from all tokens to the same tokens: "
-                f"layer {seen.layer} {reason}"
-            )
-
-
-def _check_fusion(seen: AttentionMap, fusion: FusionName) -> None:
-    if seen.heads == "mean" and fusion != "mean":
-        raise ValueError(f"layer {seen.layer} was recorded with heads='mean'; got {fusion!r}: record with heads=None")
-
-
-def _not_square(seen: AttentionMap) -> str:
-    """Why a map does not lead from its tokens to themselves, or empty."""
-    queries, keys = seen.weights.shape[-2:]
-    layout = seen.layout
-    if seen.queries is not None:
-        return f"was recorded with rows {list(seen.queries)} only; record with queries=None"
-    if layout and layout.windows > 1:
-        return f"attends within {layout.windows} windows, so its map holds no flow between them"
-    if queries != keys:
-        return f"has {queries} queries and {keys} keys, so its keys are other tokens than its queries"
-    if layout and not _same_index(layout.query_index, layout.key_index):
-        return "has queries that stand for other image cells than its keys"
-    return ""
-
-
-def _not_next(below: AttentionMap, seen: AttentionMap) -> str:
-    """Why a map does not start from the tokens where the one before ended, or empty."""
-    before, now = below.weights.shape[-2], seen.weights.shape[-1]
-    if seen.layer != below.layer + 1:
-        return f"follows layer {below.layer}; the layers between are missing"
-    if before != now:
-        return f"has {now} tokens where layer {below.layer} left {before}"
-    if below.layout and seen.layout and not _same_index(below.layout.key_index, seen.layout.key_index):
-        return f"has its tokens stand for other image cells than layer {below.layer}"
-    return ""
-
-
-def _same_index(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+def _with_tokens(step: Tensor) -> Tensor:
+    """(B, Q, Q + N) -> (B, Q + N, Q + N): class attention leaves the tokens as they are."""
+    tokens = torch.eye(step.shape[-1], dtype=step.dtype, device=step.device)[step.shape[-2] :]
+    return torch.cat([step, tokens.expand(step.shape[0], -1, -1)], dim=1)
 
 
 # ---- methods

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitrail.explain.calls import CALLS, fold, pick
-from vitrail.explain.choice import Choice, Heads, Part, Queries, no_class_rows
+from vitrail.explain.choice import CannotExplainError, Choice, Heads, Part, Queries, no_class_rows
 from vitrail.layers.attention import Layout
 
 MAX_PREFIX = 8  # class, distillation and register tokens of any published model
@@ -58,7 +58,7 @@ MIXING = {
 FOLLOWED = MATMULS | CARRIED | PRODUCTS | {"softmax", "permute", "linear", "conv2d"}
 
 
-class NoAttentionError(ValueError):
+class NoAttentionError(CannotExplainError):
     """Nothing attended where it could be seen. The message says what cannot be seen, and what to do."""
 
 
@@ -120,7 +120,8 @@ def record_attention(
             gradient checkpointing saves nothing meanwhile. Without it the model's output is bit-equal to an unrecorded
             one, save that `nn.MultiheadAttention` leaves its fused inference path (a difference of 1e-7).
         grid: (h, w) of the image tokens of a foreign model. By default the first convolutions tell, or a square fits.
-        prefix: rows before the image tokens of a foreign model; by default what the grid leaves, at most 8.
+        prefix: rows before the image tokens of a foreign model; by default what the grid leaves, at most 8. Its head is
+            taken to read the first of them, where published models have the class token, or without any the mean.
 
     Raises `ValueError` for layers, heads or queries that are not there, if nothing was recorded, and for `grad` where
     autograd is off or together with `heads` or `queries` (a part of a map is not what multiplies the values).
@@ -177,7 +178,9 @@ class _Geometry:
         if not fits or (len(fits) > 1 and not self.seen):
             return None
         prefix = keys - fits[0][0] * fits[0][1]
-        return Layout(fits[0], prefix) if rows == keys else Layout(fits[0], 1, key_prefix=prefix, readout=(0,))
+        if rows < keys:
+            return Layout(fits[0], 1, key_prefix=prefix, readout=(0,))
+        return Layout(fits[0], prefix, readout=(0,) if prefix else ())
 
     def _fits(self, prefix: int) -> bool:
         return prefix == self.prefix if self.prefix is not None else 0 <= prefix <= MAX_PREFIX
@@ -218,11 +221,11 @@ class _Recorder(TorchFunctionMode):
                 "FlashAttention packages, FlexAttention, graphs compiled by other means (torch.jit, exported, ONNX), "
                 "nor other threads (DataParallel): switch the model to sdpa or eager attention"
             )
-        beyond = [n for n in self.choice.layers or () if n > depth]
-        if beyond:
-            raise ValueError(f"layers must lie in 1 … {depth}, the attention layers that ran; got {beyond}")
+        highest = max(self.choice.layers or (1,))
+        if highest > depth:  # of a whole range up to it, the one number that somebody asked for
+            raise ValueError(f"layers must lie in 1 … {depth}, the attention layers that ran; got [{highest}]")
         if not self.record.maps:
-            raise ValueError(no_class_rows(f"none of the {depth} attention layers has"))
+            raise no_class_rows(f"none of the {depth} attention layers has")
 
     def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call that is attention by name."""

@@ -45,9 +45,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _hold(parts: list[nn.Module]) -> None:
+    """All modes are saved before one is changed: a compiled module has the mode of what it wraps."""
     with _LOCK:
         for part in parts:
             _HELD.setdefault(id(part), _Held(part, part.training)).holders += 1
+        for part in parts:
             part.training = False
 
 
