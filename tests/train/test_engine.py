@@ -19,7 +19,7 @@ from vitrail.folder import read_card, read_weights
 from vitrail.train import engine
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import fit
-from vitrail.train.history import NonFiniteLoss
+from vitrail.train.finite import NonFiniteLoss
 
 FIGURES = {"epoch", "lr", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_ece"}
 
@@ -122,14 +122,14 @@ def test_nothing_of_lightning_is_heard(train, capfd):
 @pytest.mark.parametrize("every", [1, 20])
 def test_a_loss_that_is_not_finite_stops_the_run(every, train, make_task, tmp_path, monkeypatch):
     """On the CPU before the update; where losses are read in bunches, before anything is kept."""
-    monkeypatch.setattr(engine, "LossMeter", lambda _: _METER(every))
+    monkeypatch.setattr(engine, "LossMeter", lambda _, skipping: _METER(every, skipping))
     task = make_task()
 
     def poison(number):
         if number == 12:
             torch.nn.init.constant_(task.backbone.head.bias, float("nan"))
 
-    with pytest.raises(NonFiniteLoss, match=r"got nan in epoch 2, batch 5, at lr 0\.00\d+: lower --lr"):
+    with pytest.raises(NonFiniteLoss, match=r"in epoch 2, batch 5, step 13, at lr 0\.00\d+, with \d.* and 3 more"):
         train(task, out=tmp_path, hook=poison)
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(t.isfinite().all() for t in kept.values())
@@ -149,12 +149,13 @@ def test_on_the_cpu_a_bad_loss_never_reaches_the_weights(make_task, fingerprint)
 def test_weights_that_are_not_finite_are_never_kept(train, make_task, tmp_path):
     task = make_task()
 
-    def poison(number):
-        if number == 7:  # its gradient stays finite, and the last batch of the epoch hides it
-            task.backbone.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    def poison(step, total):
+        if step == 8:  # after the last batch of an epoch, so that no loss shows it
+            torch.nn.init.constant_(task.backbone.norm.weight, float("inf"))
 
+    task.after_step = poison
     with pytest.raises(NonFiniteLoss, match="weights must stay finite"):
-        train(task, out=tmp_path, hook=poison, clip_grad=0)
+        train(task, out=tmp_path, clip_grad=0)
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 

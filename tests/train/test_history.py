@@ -9,11 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vitrail.train.history import HistoryLog, LossMeter, NonFiniteLoss, Reading, write_csv
+from vitrail.train.finite import NonFiniteLoss, Place
+from vitrail.train.history import HistoryLog, LossMeter, Reading, write_csv
 
 
-def reading(loss, images=2, batch=0, **parts):
-    return Reading({"loss": torch.tensor(loss), **parts}, images, epoch=1, batch=batch, lr=0.5)
+def reading(loss, images=2, batch=0, blame=None, **parts):
+    place = Place(1, batch, step=40, lr=0.5, ids=("a.png", "b.png"))
+    return Reading({"loss": torch.tensor(loss), **parts}, images, place, blame)
+
+
+def log(name, mode):
+    return HistoryLog(LossMeter(), SimpleNamespace(allowed=0, skipped=0), (name, mode))
 
 
 def test_the_mean_is_over_images():
@@ -44,12 +50,25 @@ def test_a_loss_that_is_not_finite_names_its_batch(bad):
     meter = LossMeter(every=3)
     meter.add(reading(1.0))
     meter.add(reading(bad, batch=6))
-    with pytest.raises(NonFiniteLoss, match=f"got {bad} in epoch 2, batch 7, at lr 0.5: lower --lr"):
+    place = "epoch 2, batch 7, step 41, at lr 0.5, with a.png, b.png"
+    with pytest.raises(NonFiniteLoss, match=f"got {bad} in {place}: lower --lr"):
         meter.add(reading(1.0))
+    with pytest.raises(NonFiniteLoss, match=f"{place}, first after blocks.1: lower --lr"):
+        LossMeter().add(reading(bad, batch=6, blame=lambda: "blocks.1"))
+
+
+def test_batches_that_are_left_out_do_not_count():
+    meter = LossMeter(skipping=True)
+    for loss in (math.nan, 3.0, math.inf):
+        meter.add(reading(loss))
+    assert (meter.totals, meter.images) == ({"loss": 6.0}, 2)
+    meter.reset()
+    meter.add(reading(math.nan))
+    assert (meter.totals, meter.images) == ({"loss": 0.0}, 0)  # the names are known, for other processes to add
 
 
 def test_sums_are_taken_over_all_processes():
-    record, seen = HistoryLog(LossMeter(), ("accuracy", "max")), []
+    record, seen = log("accuracy", "max"), []
     record.meter.add(reading(1.0, images=3, pixels=torch.tensor(2.0)))
 
     def reduce(sums, reduce_op):
@@ -63,7 +82,7 @@ def test_sums_are_taken_over_all_processes():
 
 
 def test_the_best_row_is_the_last_of_equals_and_never_nan():
-    record = HistoryLog(LossMeter(), ("accuracy", "max"))
+    record = log("accuracy", "max")
     for epoch, value in enumerate([math.nan, 0.5, 0.7, 0.7, 0.6], start=1):
         record.history.rows.append({"epoch": epoch, "val_accuracy": value})
     assert record.best == {"epoch": 4, "val_accuracy": 0.7}
@@ -74,7 +93,7 @@ def test_the_best_row_is_the_last_of_equals_and_never_nan():
 
 def test_the_best_row_is_the_historys():
     """One law: whoever asks the history gets the row that was kept."""
-    record = HistoryLog(LossMeter(), ("loss", "min"))
+    record = log("loss", "min")
     for epoch, value in enumerate([math.inf, math.nan, 0.5, 0.5], start=1):
         assert record.best is None or record.best["epoch"] == epoch - 1
         record.history.rows.append({"epoch": epoch, "val_loss": value})
@@ -82,7 +101,7 @@ def test_the_best_row_is_the_historys():
 
 
 def test_without_validation_every_epoch_is_the_best():
-    record = HistoryLog(LossMeter(), ("accuracy", "max"))
+    record = log("accuracy", "max")
     record.history.rows.append({"epoch": 1, "train_loss": 1.0})
     assert record.improved
     assert record.best is None

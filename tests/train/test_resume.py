@@ -211,7 +211,10 @@ def test_what_is_learnt_and_how_must_stay(train, make_task, tmp_path):
 
 def test_every_field_must_stay_but_for_those_that_are_free():
     other = {"model": "x", "label_smoothing": 0.5, "precision": "bf16", "crop_scale": 0.5, "debug": True, "lr": 1e-4}
-    free = {name: other.get(name, 9) for name in FREE} | {"device": "cpu", "log": "tensorboard", "out": "a"}
+    free = {name: other.get(name, 9) for name in FREE} | {
+        "device": "cpu", "log": "tensorboard", "out": "a", "data_dir": "b", "on_nan": "skip:3", "download": True,
+        "in_memory": False, "deterministic": True,
+    }  # fmt: skip
     before = told(TrainConfig())
     refuse_changes(before, TrainConfig(**free))
     for name, value in other.items():

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from vitrail.files import whole_file
-from vitrail.train.history import HistoryLog, NonFiniteLoss
+from vitrail.train.finite import NonFiniteLoss
+from vitrail.train.history import HistoryLog
 
 KEPT = {"state_dict", "history", "told"}
 """what a checkpoint of a run holds beside Lightning's own"""

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, Tens
 from vitrail.train.checkpoint import Checkpoints, WholeFiles
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
+from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
 from vitrail.train.progress import ProgressBar
@@ -102,7 +104,9 @@ def fit(
     device = _machine(config)
     if folder:
         task.backbone.check_savable()  # before training, not after it
-    record = HistoryLog(LossMeter(1 if device == "cpu" else READ_EVERY), task.monitor, folder)
+    guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
+    meter = LossMeter(1 if device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
+    record = HistoryLog(meter, guard, task.monitor, folder)
     ema = WeightEma(task, config.ema) if config.ema else None
     stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
     trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
@@ -158,9 +162,15 @@ class TaskModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.task(batch)
-        parts, epoch = {name: part.detach() for name, part in losses.items()}, self.trainer.current_epoch
-        self.record.meter.add(Reading(parts, batch_count(batch), epoch, batch_idx, self.learning_rate()))
+        parts = {name: part.detach() for name, part in losses.items()}
+        blame = partial(first_bad_layer, self.task, batch) if self.record.meter.every == 1 else None
+        self.record.meter.add(Reading(parts, batch_count(batch), self._place(batch, batch_idx), blame))
         return losses["loss"] * self._share(batch_idx)
+
+    def _place(self, batch: Batch, batch_idx: int) -> Place:
+        trainer, ids = self.trainer, tuple(batch.get("id", ()))
+        self.last = Place(trainer.current_epoch, batch_idx, trainer.global_step, self.learning_rate(), ids)
+        return self.last
 
     def _share(self, batch_idx: int) -> float:
         """Lightning divides by `accumulate`; the batches left over at an epoch's end are fewer, and divide by less."""
@@ -196,7 +206,9 @@ class TaskModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Clips by the norm over all parameters; Lightning's own way refuses a fused AdamW in mixed precision."""
-        if self.config.clip_grad:
+        if self.config.precision != "fp16":
+            self.record.guard.clip_or_skip(optimizer, self.last)
+        elif self.config.clip_grad:
             torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.clip_grad)
 
     def on_validation_epoch_start(self) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,9 @@ from torch import Tensor
 from vitrail.files import write_whole
 from vitrail.records import History
 from vitrail.tasks.base import Mode
+from vitrail.train.finite import MEND, FiniteGuard, NonFiniteLoss, Place
 
 Row = dict[str, float]
-
-
-class NonFiniteLoss(ValueError):
-    """The loss or a weight became infinite or NaN. Checkpoints hold the last sound weights."""
 
 
 class Reading(NamedTuple):
@@ -30,16 +28,19 @@ class Reading(NamedTuple):
     losses: dict[str, Tensor]
     """`loss` and the task's other parts, each 0-dimensional"""
     images: int
-    epoch: int
-    batch: int
-    lr: float
+    place: Place
+    blame: Callable[[], str] | None = None
+    """finds the layer that a loss that is not finite comes from, where that can still be found"""
 
 
 class LossMeter:
-    """The loss and its parts, summed over the running epoch's images. They are read in bunches of `every` batches."""
+    """The loss and its parts, summed over the running epoch's images. They are read in bunches of `every` batches.
 
-    def __init__(self, every: int = 1) -> None:
-        self.every = every
+    `skipping` leaves out batches whose loss is not finite, where otherwise `NonFiniteLoss` is raised.
+    """
+
+    def __init__(self, every: int = 1, skipping: bool = False) -> None:
+        self.every, self.skipping = every, skipping
         self.reset()
 
     def reset(self) -> None:
@@ -65,9 +66,14 @@ class LossMeter:
     def _count(self, reading: Reading, losses: Row) -> None:
         loss = losses["loss"]
         if not math.isfinite(loss):
+            if self.skipping:
+                self.totals = {name: self.totals.get(name, 0.0) for name in losses}  # the same names in every process
+                return
+            layer = reading.blame() if reading.blame else ""
+            first = f", first after {layer}" if layer else ""
             raise NonFiniteLoss(
-                f"the loss must stay finite; got {loss} in epoch {reading.epoch + 1}, batch {reading.batch + 1}, "
-                f"at lr {reading.lr:.3g}: lower --lr, lengthen --warmup-epochs or set --clip-grad"
+                f"the loss must stay finite; got {loss} in {reading.place}{first}: {MEND}, or leave such steps out "
+                "with --on-nan skip:N"
             )
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + value * reading.images
@@ -81,8 +87,10 @@ class HistoryLog(Callback):
     `monitor` is a figure's name and `max` or `min`. A figure that is NaN never counts as the best.
     """
 
-    def __init__(self, meter: LossMeter, monitor: tuple[str, Mode], out: Path | None = None) -> None:
-        self.meter, self.out = meter, out
+    def __init__(
+        self, meter: LossMeter, guard: FiniteGuard, monitor: tuple[str, Mode], out: Path | None = None
+    ) -> None:
+        self.meter, self.guard, self.out = meter, guard, out
         self.monitor = f"val_{monitor[0]}"
         self.mode: Mode = monitor[1]
         self.history = History()
@@ -104,12 +112,14 @@ class HistoryLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.meter.flush()
+        self.guard.flush()
         totals, images = self._over_all_processes(trainer)
         seconds = self.seconds
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{f"train_{name}": total / images for name, total in totals.items()},
+            **{f"train_{name}": total / max(images, 1) for name, total in totals.items()},
+            **({"skipped_steps": self.guard.skipped} if self.guard.allowed else {}),
             **self.figures,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / max(self._training or seconds, 1e-9), 1),
@@ -146,14 +156,16 @@ class HistoryLog(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.meter.flush()
+        self.guard.flush()
         totals, images = self._over_all_processes(trainer)
         checkpoint["history"] = {
-            "rows": self.history.rows, "totals": totals, "images": images, "seconds": self.seconds
+            "rows": self.history.rows, "totals": totals, "images": images, "seconds": self.seconds,
+            "skipped": self.guard.skipped,
         }  # fmt: skip
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["history"]
-        self.history.rows[:], self._seconds = saved["rows"], saved["seconds"]
+        self.history.rows[:], self._seconds, self.guard.skipped = saved["rows"], saved["seconds"], saved["skipped"]
         if trainer.is_global_zero:  # what all processes had seen, counted once
             self.meter.totals, self.meter.images = dict(saved["totals"]), saved["images"]
 

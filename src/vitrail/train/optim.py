@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from vitrail.names import require
+from vitrail.train.finite import skips_allowed
 
 if TYPE_CHECKING:
     from vitrail.tasks.base import Task
@@ -43,6 +44,8 @@ class OptimConfig:
     """largest norm of the gradient; 0 turns clipping off"""
     accumulate: int = 1
     """batches whose gradients are averaged into one step"""
+    on_nan: str = "stop"
+    """what to do about losses and gradients that are infinite or NaN: stop, or skip:N to leave out up to N steps"""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "be at least 1", self.epochs)
@@ -54,6 +57,7 @@ class OptimConfig:
         require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", "be 0 or more", self.warmup_epochs)
         require(0 <= self.clip_grad < math.inf, "clip_grad", "be 0 (off) or more", self.clip_grad)
         require(self.accumulate >= 1, "accumulate", "be at least 1", self.accumulate)
+        skips_allowed(self.on_nan)
 
 
 def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Optimizer:

@@ -29,7 +29,7 @@ from vitrail.train.config import TrainConfig
 LOG = logging.getLogger("vitrail")
 FREE = frozenset({
     "out", "data_dir", "download", "in_memory", "workers", "device", "deterministic",
-    "log", "checkpoint_every", "patience", "max_minutes", "epochs",
+    "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan",
 })  # fmt: skip
 """fields that a resumed run may be told anew: they decide neither what is learnt from nor how"""
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
