@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
-from vitrail.data.datasets import DataConfig, DataError, describe, load_splits
-from vitrail.data.imagesets import Splits
+from vitrail.data.datasets import DataConfig, DataError, describe, load_splits, say_few
+from vitrail.data.imagesets import ImageSet, Splits
 from vitrail.data.loading import OrderedBatches, make_loader
 from vitrail.data.transforms import eval_transform, train_transform
 from vitrail.files import write_whole
@@ -29,13 +30,13 @@ from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
-from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs
+from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, shortened
 from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.config import TrainConfig, say_idle
-from vitrail.train.engine import fit, starting_point
+from vitrail.train.engine import fit, refuse_start
 from vitrail.train.resume import Loader
 from vitrail.weights.load import SHIPPED, create_model, load_model, say_row
 
@@ -49,6 +50,7 @@ SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)}
     "model", "out", "drop_path", "drop_rate",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
+MAKE = "give one that create_model makes, such as create_model('vit_tiny', num_classes=3)"
 
 
 def run_training(config: TrainConfig, *, resume: bool = False) -> History:
@@ -62,7 +64,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     out = Path(config.out)
     if not resume and config == demo_config(config.out):
         _clear_demo(out)
-    starting_point(out, resume)  # before anything is read or written
+    refuse_start(out, resume)  # before anything is read or written
     resolve_name(config.model)
     former = _read_record(out / "splits.json") if resume else None
     splits = _splits_again(config, former) if former else load_splits(config)
@@ -70,6 +72,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
     _check_shares(splits, config)
+    say_few(splits)
     model = make_model(config, splits)
     say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
     if former and "preprocess" in former:  # statistics of the images that training began with
@@ -84,13 +87,13 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     history = fit(
-        task, train, eval_loader(splits, "val", model, config), config, augment=augment, out=out, resume=resume,
+        task, train, eval_loader(splits.val, model, config), config, augment=augment, out=out, resume=resume,
         notes={"drawn": splits.digests()},
     )  # fmt: skip
     if resume:  # only now: a resume that was refused changes nothing
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     best = Classify(load_model(out).to(pick_device(config.device)))
-    report_run(out, best, eval_loader(splits, "test", model, config), history, _facts(config, splits))
+    report_run(out, best, eval_loader(splits.test, model, config), history, _facts(config, splits))
     return history
 
 
@@ -189,41 +192,66 @@ def _dropouts(row: str, config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, (_, value) in wanted.items() if value}
 
 
-def eval_loader(splits: Splits, part: str, model: Backbone, config: DataConfig) -> DataLoader[Batch]:
-    """One pass over a part of the data, as the model's preprocessing wants it."""
-    images = {"train": splits.train, "val": splits.val, "test": splits.test}[part]
+def eval_loader(images: ImageSet, model: Backbone, config: DataConfig) -> DataLoader[Batch]:
+    """One pass over images, as the model's preprocessing wants them."""
     return make_loader(
         images, batch_size=config.batch_size, train=False, seed=config.seed, workers=config.workers,
         transform=eval_transform(model.preprocess),
     )  # fmt: skip
 
 
+class Measured(dict[str, Tensor]):
+    """The figures of a model by their names, and of which images they are."""
+
+    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str) -> None:
+        super().__init__(figures)
+        self.classes = splits.classes
+        self.split = "val" if split == "test" and splits.test is splits.val else split
+        self.drawn = split in splits.drawn or (split == "train" and bool(splits.drawn))
+        """whether the part was drawn, because the data does not name it"""
+        self.images = sum(map(len, _parts(splits, split)))
+        self.total = sum(map(len, _parts(splits, "all")))
+        """images of the whole data set"""
+
+
 def evaluate_model(
-    name: str | Path, *, data: str, data_dir: str = "data", split: str = "test", batch_size: int = 128,
+    name: str | Path, *, data: str, data_dir: str = "data", split: str | None = None, batch_size: int = 128,
     device: str = "auto", workers: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
-    """All figures of a trained model on a part of a data set.
+) -> Measured:  # fmt: skip
+    """All figures of a trained model on a part of a data set, `train`, `val` or `test`, or on `all` of it.
 
     Where the data names no such part, it is drawn as it was for the model's own training, so that no image that the
-    model was trained on is among it. Raises `ValueError` where the data has other classes than the model, naming both.
+    model was trained on is among it. Without `split` it is `test`, or `all` of data that names no parts and is not what
+    the model was trained on. Raises `ValueError` where the data has other classes than the model, naming both.
     """
-    check_choice("--split", split, ("train", "val", "test"))
+    if split is not None:
+        check_choice("--split", split, ("train", "val", "test", "all"))
     model = load_model(name).to(pick_device(device))
     config = DataConfig(
         data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size)
     )
-    splits = _splits_as_trained(name, config)
+    splits, own = _splits_as_trained(name, config)
+    split = split or ("test" if own or "test" not in splits.drawn else "all")
     task = Classify(model)
     if splits.classes != (model.classes or splits.classes) or len(splits.classes) != task.num_classes:
         raise ValueError(
             f"{name} knows the classes {_some(task.classes)}; {data} has {_some(splits.classes)}: "
             "take data with the model's classes"
         )
-    return evaluate(task, eval_loader(splits, split, model, config))
+    loaders = (eval_loader(images, model, config) for images in _parts(splits, split))
+    return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split)
 
 
-def _splits_as_trained(name: str | Path, config: DataConfig) -> Splits:
-    """The parts of the data as they were drawn when the model was trained on them; those of other data are drawn anew.
+def _parts(splits: Splits, split: str) -> list[ImageSet]:
+    """The images of a part, or, for `all`, those of every part once."""
+    if split != "all":
+        return [{"train": splits.train, "val": splits.val, "test": splits.test}[split]]
+    return [splits.train, splits.val, *([] if splits.test is splits.val else [splits.test])]
+
+
+def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bool]:
+    """The parts of the data as they were drawn when the model was trained on them, and whether it was, by all that is
+    known: by the name of the data, or by the images' own. Those of other data are drawn anew.
 
     They stand in the run's splits.json; a model folder alone knows seed and share, and a sum to tell by whether the
     draw is the same. Raises `ValueError` where it is not: images that were trained on would be among those held out.
@@ -235,17 +263,18 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> Splits:
     own = _same_data(recipe.get("data", DataConfig.data), config.data)
     if (folder.parent / "splits.json").is_file():
         try:
-            return _splits_again(config, _read_record(folder.parent / "splits.json"))
+            return _splits_again(config, _read_record(folder.parent / "splits.json")), True
         except DataError:
             if own:
                 raise
     splits = load_splits(config)
-    if own and digests and splits.digests() != digests:
+    same = splits.digests() == digests
+    if own and digests and not same:
         raise ValueError(
             f"{config.data} is not what it was when {name} was trained on it, so what was held out is unknown: "
             "evaluate the run folder, whose splits.json says it"
         )
-    return splits
+    return splits, own or (same and bool(digests))
 
 
 def _same_data(one: str, other: str) -> bool:
@@ -265,7 +294,8 @@ class ViTTrainer:
     `preprocess` says how the ready ones were made so, and `classes` what the logits are called; both go into the
     model's card. Without `preprocess`, a new model trained on ready images refuses to normalise pictures afterwards.
     `out` becomes a run's folder, with checkpoints, the best model and, of held-out images, `report.html`; `data` is
-    what that page calls the images. Raises `ValueError` for names that are not one a class.
+    what that page calls the images. Raises `TypeError` for what is no model of vitrail's, `ValueError` for names that
+    are not one a class.
     """
 
     def __init__(
@@ -278,6 +308,8 @@ class ViTTrainer:
         out: str | Path | None = None,
         data: str = "loaders of one's own",
     ) -> None:
+        if not isinstance(model, Backbone | ViTConfig):
+            raise TypeError(f"ViTTrainer takes a model of vitrail's or a ViTConfig; got {shortened(model)}: {MAKE}")
         self.model = VisionTransformer(model) if isinstance(model, ViTConfig) else model
         check_names(classes, self.model.num_classes)
         self.model.classes = tuple(classes) or self.model.classes
@@ -292,8 +324,11 @@ class ViTTrainer:
 
         `val_loader` chooses the best epoch; the report's figures are of `test_loader`, or else of `val_loader`.
         Raises `TypeError` for an unknown setting, naming the nearest, and for one that the model or the loaders have
-        settled; `ValueError` for a bad value.
+        settled, and for what is no loader; `ValueError` for a bad value.
         """
+        for name, loader in (("train", train_loader), ("val", val_loader), ("test", test_loader)):
+            if isinstance(loader, str) or not (hasattr(loader, "__iter__") or (loader is None and name != "train")):
+                raise TypeError(f"{name}_loader must yield batches; got {shortened(loader)}: give it a DataLoader")
         names = {f.name for f in fields(TrainConfig)}
         given = normalise_kwargs(settings, names, TRAIN_SPELLINGS, "ViTTrainer.train")
         if settled := sorted(SETTLED & set(given)):

@@ -29,7 +29,10 @@ def test_a_run_learns_and_leaves_its_folder(train, make_task, tmp_path, monkeypa
     task = make_task()
     history = train(task, out="runs/a", epochs=6, ema=0.5, checkpoint_every=2)
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    kept = {f"runs/a/checkpoints/{name}.ckpt" for name in ("last", "best", "epoch_002", "epoch_004", "epoch_006")}
+    kept = {
+        f"runs/a/checkpoints/{name}.ckpt"
+        for name in ("last", "previous", "best", "epoch_002", "epoch_004", "epoch_006")
+    }
     model = {f"runs/a/model/{name}" for name in ("model.safetensors", "config.json", "manifest.json")}
     assert files == kept | model | {"runs/a/config.yaml", "runs/a/history.csv"}
     assert set(history.rows[0]) == FIGURES | {"seconds", "images_per_second"}

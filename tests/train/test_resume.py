@@ -101,6 +101,27 @@ def test_a_kill_between_two_files_costs_an_epoch_but_no_bit(train, make_task, fi
     assert fingerprint(again) == fingerprint(whole)
 
 
+@pytest.mark.parametrize("stop", [3, 13])
+def test_a_damaged_newest_checkpoint_costs_time_but_no_bit(stop, train, make_task, fingerprint, tmp_path, caplog):
+    """Within an epoch and in the next: the run goes on from the one before, and ends as it would have."""
+    whole = make_task()
+    train(whole, out=tmp_path / "whole", **RECIPE)
+    with pytest.raises(Interrupted):
+        train(out=tmp_path / "run", hook=signal_at(stop), **RECIPE)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    if stop < 8:  # nothing came before it
+        with pytest.raises(ValueError, match=r"holds none \(last\.ckpt: the checksum of"):
+            train(make_task(seed=1), out=tmp_path / "run", resume=True, **RECIPE)
+        return
+    task = make_task(seed=1)
+    train(task, out=tmp_path / "run", resume=True, **RECIPE)
+    assert fingerprint(task) == fingerprint(whole)
+    assert "going on from previous.ckpt" in caplog.text
+
+
 def test_every_batch_has_a_seed_of_its_own(train):
     """Batches that share an optimiser step too."""
     assert len({*_seeds_of(train, seed=0), *_seeds_of(train, seed=1)}) == 2 * 16
@@ -242,7 +263,7 @@ def test_a_checkpoint_of_somebody_else_is_refused(strange, lacks, train, tmp_pat
 
 
 def test_nothing_to_resume(train, tmp_path):
-    with pytest.raises(ValueError, match=r"--resume needs a run that wrote .*last.ckpt; found none"):
+    with pytest.raises(ValueError, match=r"--resume needs a run that wrote .*checkpoints; found none"):
         train(out=tmp_path, resume=True)
     with pytest.raises(ValueError, match="found none"):
         train(resume=True)

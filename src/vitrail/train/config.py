@@ -19,7 +19,7 @@ import yaml
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig
 from vitrail.files import write_whole
-from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, require, shortened
+from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
 from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -118,7 +118,7 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """The config in a YAML file. Raises `ValueError` naming the file and what is wrong in it."""
+        """The config in a YAML file. Raises `ValueError` naming the file and what is wrong with it, or in it."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             if not isinstance(values, dict):
@@ -126,6 +126,10 @@ class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
             return cls.from_dict({str(key).replace("-", "_"): value for key, value in values.items()})
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+        except OSError as error:
+            raise ValueError(
+                f"a config is a YAML file that can be read; got {path} ({error.strerror}): name another"
+            ) from error
 
 
 def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) -> None:
@@ -154,10 +158,12 @@ def _flag(name: str) -> str:
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the field's type. YAML reads `1e-3` as text and `1` as an integer: both will do for a float.
 
-    So will NumPy's numbers, of which searches over settings are made.
+    So will NumPy's numbers, of which searches over settings are made; and `none` where there may be no value.
     """
     words = get_origin(kind) is Literal
     kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {str} if words else {kind}
+    if NoneType in kinds and str not in kinds and isinstance(value, str) and nothing(value):
+        return None
     if isinstance(value, Real) and value is not True and value is not False:
         value = int(value) if isinstance(value, Integral) else float(value)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):

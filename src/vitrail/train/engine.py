@@ -30,7 +30,7 @@ from vitrail.names import require
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
 from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog
-from vitrail.train.checkpoint import Checkpoints, WholeFiles
+from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
@@ -98,10 +98,11 @@ def fit(
     signal.
     """
     folder = Path(out) if out is not None else None
-    checkpoint = starting_point(folder, resume)
+    refuse_start(folder, resume)
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
+    checkpoint = newest_whole(folder / "checkpoints") if folder and resume else None
     if folder:
         task.backbone.check_savable()  # before training, not after it
     guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
@@ -232,17 +233,16 @@ class TaskModule(LightningModule):
         refuse_changes(checkpoint["told"], self.config)
 
 
-def starting_point(folder: Path | None, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Raises `ValueError` where there is none, or one that would be overwritten."""
-    last = folder / "checkpoints" / "last.ckpt" if folder else None
-    found = last is not None and last.is_file()
+def refuse_start(folder: Path | None, resume: bool) -> None:
+    """Raises `ValueError` where there is no checkpoint to go on from, or one that would be overwritten."""
+    place = folder / "checkpoints" if folder else None
+    found = place is not None and has_checkpoints(place)
     if resume and not found:
-        raise ValueError(f"--resume needs a run that wrote {last or 'checkpoints'}; found none: start one with --out")
+        raise ValueError(f"--resume needs a run that wrote {place or 'checkpoints'}; found none: start one with --out")
     if found and not resume:
         raise ValueError(
             f"--out must name a new run; {folder} holds one already: go on with --resume {folder}, or take another"
         )
-    return last if resume else None
 
 
 def _machine(config: TrainConfig) -> str:
@@ -341,17 +341,14 @@ def _quiet() -> Iterator[None]:
 def _farewell(folder: Path | None, record: HistoryLog, epochs: int) -> str:
     done = len(record.history)
     where = f"stopped in epoch {done + 1}" if done < epochs else "stopped after the last epoch"
-    if folder is None or not (folder / "checkpoints" / "last.ckpt").is_file():
+    if folder is None or not has_checkpoints(folder / "checkpoints"):
         return f"{where}; nothing was kept"
     return f"{where}; go on with: vitrail train --resume {folder}"
 
 
 def _take_best(task: Task, folder: Path) -> None:
     """Gives the task the weights of the best epoch, or their average's."""
-    best = folder / "best.ckpt"
-    state = torch.load(
-        best if best.is_file() else folder / "last.ckpt", map_location="cpu", weights_only=True, mmap=True
-    )
+    state = torch.load(best_whole(folder), map_location="cpu", weights_only=True, mmap=True)
     own = {name.removeprefix("task."): value for name, value in state["state_dict"].items() if name.startswith("task.")}
     task.load_state_dict(own)
     average = state["callbacks"].get("WeightEma", {"updates": 0})
