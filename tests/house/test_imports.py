@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src"
-GROUND = ("records", "names", "files", "folder")
+GROUND = ("records", "names", "processes", "files", "folder")
 HEAVY = ("lightning", "torchvision", "matplotlib", "captum", "timm", "transformers", "torchmetrics", "jsonargparse")
 
 

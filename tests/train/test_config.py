@@ -181,6 +181,17 @@ def test_a_bad_yaml_names_the_file(text, message, tmp_path):
         TrainConfig.from_yaml(tmp_path / "a.yaml")
 
 
+def test_what_is_no_file_is_no_config(tmp_path):
+    with pytest.raises(ValueError, match=r"a YAML file that can be read; got .* \(Is a directory\): name another"):
+        TrainConfig.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "~"])
+def test_a_yaml_may_say_none_as_the_flags_do(word, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"img_size: {word}\nin_memory: {word}\nout: none\n")
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml").changes() == {"out": "none"}
+
+
 @pytest.mark.parametrize("field", ["lr", "precision", "crop", "out", "in_memory"])
 def test_a_yaml_bomb_gives_a_short_message(field, tmp_path):
     names = "abcdefghijklmnop"

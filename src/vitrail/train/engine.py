@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +26,12 @@ from torch.optim import Optimizer
 
 from vitrail.data.loading import OrderedBatches, draw_seed
 from vitrail.names import require
+from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
 from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
+from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
@@ -94,17 +95,34 @@ def fit(
 
     Raises `ValueError` for a device that is not here, an empty loader, several processes without a sampler that gives
     each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
-    none of a run's, or a run that was told something else; `NonFiniteLoss` when training diverges; `Interrupted` on a
-    signal.
+    none of a run's, a run that was told something else, or a folder in which another process trains; `NonFiniteLoss`
+    when training diverges; `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
     refuse_start(folder, resume)
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
-    checkpoint = newest_whole(folder / "checkpoints") if folder and resume else None
     if folder:
         task.backbone.check_savable()  # before training, not after it
+    with claimed(folder):
+        refuse_start(folder, resume)  # nobody else writes there any more
+        checkpoint = newest_whole(folder / "checkpoints") if folder and resume else None
+        return _fit(task, train_loader, val_loader, config, device, augment, folder, checkpoint, notes or {})
+
+
+def _fit(
+    task: Task,
+    train_loader: Loader,
+    val_loader: Loader | None,
+    config: TrainConfig,
+    device: str,
+    augment: Augment | None,
+    folder: Path | None,
+    checkpoint: Path | None,
+    notes: Mapping[str, Any],
+) -> History:
+    """The run itself, when nothing speaks against it any more."""
     guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
     meter = LossMeter(1 if device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
     record = HistoryLog(meter, guard, task.monitor, folder)
@@ -124,7 +142,7 @@ def fit(
         if trainer.is_global_zero:
             task.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],
-                **(notes or {}),
+                **notes,
             )  # fmt: skip
         trainer.strategy.barrier()  # no process may look for a model that is still being written
     elif ema:
@@ -249,23 +267,12 @@ def _machine(config: TrainConfig) -> str:
     """`cpu`, `cuda` or `mps`. Raises `ValueError` where it is not here, or cannot do what was asked for."""
     device = pick_device(config.device).type
     require(device != "cpu" or config.precision != "fp16", "precision", "be fp32 or bf16 on the CPU", "fp16")
-    _refuse_strangers(config.devices * config.num_nodes)
+    refuse_strangers(config.devices * config.num_nodes)
     here = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, config.devices)
     require(
         config.devices <= here, "devices", f"be at most {here}, the number of {device} devices here", config.devices
     )
     return device
-
-
-def _refuse_strangers(wanted: int) -> None:
-    """Raises `ValueError` where a launcher started other processes than the run is to have: each would train alone."""
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        started = int(os.environ.get(name, wanted))
-        if started > 1 and started != wanted:
-            raise ValueError(
-                f"--devices times --num-nodes must be the number of processes that were started; got {wanted} where "
-                f"{name} is {started}: give --devices (processes on one machine) and --num-nodes"
-            )
 
 
 def _train(task: Task) -> None:
