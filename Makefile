@@ -36,6 +36,7 @@ clean:  ## remove the virtual environment and caches
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vitrail needs Python 3.11 or newer; got %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
+	@echo "installing into .venv, which takes a minute or two and says nothing meanwhile"
 
 .venv/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .

@@ -94,6 +94,8 @@ def test_a_wrong_choice_names_all_and_the_nearest() -> None:
 
 def test_only_what_is_alike_is_offered() -> None:
     assert closest("epoch", KNOWN) == "epochs"
+    assert closest("nofile.png", ["configs", "docs"]) is None
+    assert closest("nope.yaml", ["y9.yaml"]) is None
     assert closest("opt", ["out", "ema"]) is None
     assert closest("x" * 10**6, KNOWN) is None
 

@@ -182,5 +182,14 @@ def test_wrong_arguments_are_refused(model: Backbone):
         Predictor(model).predict([pixels()], batch_size=0)
     with pytest.raises(ValueError, match="top must be at least 1; got 0"):
         Predictor(model).predict(pixels(), top=0)
+    for wrong in ("5", None, 2.0, True):
+        with pytest.raises(TypeError, match=f"top takes a whole number; got {wrong!r}"):
+            Predictor(model).predict(pixels(), top=wrong)
+        with pytest.raises(TypeError, match=f"batch_size takes a whole number; got {wrong!r}"):
+            Predictor(model).predict([pixels()], batch_size=wrong)
+    assert len(Predictor(model).predict(pixels(), top=np.int64(2)).top) == 2
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match=f"by a name or a folder's path; got {wrong}: give one"):
+            Predictor.from_pretrained(wrong)
     with pytest.raises(ValueError, match="device must be auto or one that is here"):
         Predictor(model, device="tpu")

@@ -2,7 +2,8 @@
 
     vitrail COMMAND …           what words and flags mean stands in `vitrail.flags`
 
-Errors of the user are one line on stderr and exit code 2; Ctrl-C is 130. Of several processes the first one speaks.
+Errors of the user are one line on stderr and exit code 2; Ctrl-C is 130, a reader that has gone away 141. Of several
+processes the first one speaks.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vitrail.flags import existing, parse
-from vitrail.images import SUFFIXES
+from vitrail.images import SUFFIXES, ImageError
 from vitrail.names import closest, nearest, printable
 from vitrail.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from vitrail.predict import ViTClassifier
+    from vitrail.records import Classification
 
 PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 """where launchers say which of several processes this one is"""
@@ -38,8 +40,15 @@ NO_MEMORY = "can't allocate memory|out of memory|not enough memory"
 """what torch says on a CPU and on an accelerator"""
 SHIPPED = "bloodcells"
 """the model that answers when none is named"""
+BATCH = 32
+"""images that are classified at a time"""
+PIPE_CLOSED = 141
+"""what a shell says of a program whose reader went away: 128 and the number of SIGPIPE"""
 Model = Annotated[str, "a run folder, a model folder, or a shipped model's name"]
 Out = Annotated[str, "folder for the pictures, made if needed"]
+SPLIT = (
+    "test, val, train or all; if not said: all of a folder without parts that the model was not trained on, else test"
+)
 
 
 def train(config: TrainConfig, *, resume: Annotated[str | None, "go on with this run folder"] = None) -> None:
@@ -48,16 +57,18 @@ def train(config: TrainConfig, *, resume: Annotated[str | None, "go on with this
 
     if resume is not None and config.out != resume:
         raise ValueError(f"--resume goes on in its own folder {resume}; got --out {config.out}: leave it out")
+    out = _place(config.out)
     history = run_training(config) if resume is None else resume_training(resume, config)
-    _tell(f"{len(history)} of {config.epochs} epochs are done; the report is {Path(config.out) / 'report.html'}")
+    _tell(f"epochs done: {len(history)} of {config.epochs}; the report is {out / 'report.html'}")
 
 
 def demo(*, out: Annotated[str, "folder of the run"] = "runs/demo") -> None:
     """Train on the shipped blood-cell photographs in about two minutes, evaluate, explain, and write a report."""
     from vitrail.trainer import demo_config, run_training
 
+    place = _place(out)
     run_training(demo_config(out))
-    _tell(f"open {Path(out) / 'report.html'} in a browser")
+    _tell(f"open {place / 'report.html'} in a browser")
 
 
 def evaluate(
@@ -66,22 +77,23 @@ def evaluate(
     *,
     data: Annotated[str, "bloodcells, cifar10, cifar100, imagenet, or folder:PATH"],
     data_dir: Annotated[str, "where named data sets lie"] = "data",
-    split: Annotated[str, "test, val or train"] = "test",
+    split: Annotated[str | None, SPLIT] = None,
     batch_size: Annotated[int, "images at a time"] = 128,
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
     as_json: Annotated[bool, "print JSON"] = False,
 ) -> None:
-    """Measure a trained model on a data set's held-out images."""
+    """Measure a trained model on a data set's held-out images, or on images that it has never seen."""
     from vitrail.report import as_json as numbers
     from vitrail.trainer import evaluate_model
 
-    figures = evaluate_model(model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device)
+    found = evaluate_model(model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device)
     if as_json:
-        print(json.dumps(numbers(figures)))
+        facts = {"split": found.split, "drawn": found.drawn, "images": found.images, "classes": list(found.classes)}
+        print(json.dumps(facts | numbers(found)))
         return
-    for name, value in figures.items():
-        if value.ndim == 0:
-            print(f"{name:>20}  {value:.4f}")
+    rows = {"split": found.split + (" (drawn)" if found.drawn else ""), "images": f"{found.images} of {found.total}"}
+    rows |= {name: f"{value:.4f}" for name, value in found.items() if value.ndim == 0}
+    print("\n".join(f"{name:>20}  {value}" for name, value in rows.items()))
 
 
 def predict(
@@ -93,13 +105,18 @@ def predict(
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
     as_json: Annotated[bool, "print one JSON object a line"] = False,
 ) -> None:
-    """Classify images."""
+    """Classify images. Files that cannot be read are named, and the others answered."""
     paths = _expand(images)
     predictor = _predictor(model, device, sys.stderr if as_json else sys.stdout)
-    for answer in predictor.stream(paths, top=top):
-        rest = ", ".join(f"{label} {share:.1%}" for label, share in answer.top[1:])
-        line = printable(f"{answer.id}  {answer}" + (f"  ({rest})" if rest else ""))
-        print(json.dumps(answer.to_dict()) if as_json else line, flush=True)
+    unread = 0
+    for answer in _answers(predictor, paths, top):
+        if isinstance(answer, ImageError):
+            _say(f"error: {answer}")
+            unread += 1
+        else:
+            print(json.dumps(answer.to_dict()) if as_json else _line(answer), flush=True)
+    if unread:
+        raise ValueError(f"{unread} of {len(paths)} images could not be read: mend or leave out what is named above")
 
 
 def explain(
@@ -116,10 +133,10 @@ def explain(
     """Draw where a model looked."""
     from vitrail.visualize import AttentionVisualizer
 
-    paths = _expand(images)
+    paths, place = _expand(images), _place(out)
     visualizer = AttentionVisualizer(_predictor(model, device, sys.stdout))
     for image, name in zip(paths, _names(paths), strict=True):
-        for path in visualizer.save(image, Path(out), name=name, method=method, layers=layers, heads=heads):
+        for path in visualizer.save(image, place, name=name, method=method, layers=layers, heads=heads):
             print(printable(str(path)), flush=True)
 
 
@@ -132,7 +149,10 @@ def models(pattern: Annotated[str, "shell pattern, such as 'vit_*'"] = "*", /) -
     table = Table("model", "parameters", "image size", "classes", box=None)
     for row in model_table(pattern):
         table.add_row(row.name, f"{row.parameters:,}", f"{row.img_size[0]} x {row.img_size[1]}", str(row.num_classes))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    with console.capture() as shown:  # its own end where nobody reads is another one
+        console.print(table)
+    print(shown.get(), end="")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -149,10 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _notes():
+        with _notes(), _written():
             return _run(words)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return PIPE_CLOSED
     except OSError as error:
-        _say(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+        place = f"{error.filename} cannot be read or written" if error.filename else "a file"
+        _say(f"error: {place}: {error.strerror or error}: name another, or mend what is said")
         return 2
     except ValueError as error:
         _say(f"error: {error}")
@@ -208,6 +232,40 @@ def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
     return predictor
 
 
+def _answers(predictor: ViTClassifier, paths: Sequence[Path], top: int) -> Iterator[Classification | ImageError]:
+    """One for each path: in batches, and one after the other where a batch holds a file that cannot be read."""
+    for start in range(0, len(paths), BATCH):
+        batch = paths[start : start + BATCH]
+        try:
+            yield from predictor.predict(batch, top)
+        except ImageError:
+            yield from (_answer(predictor, path, top) for path in batch)
+
+
+def _answer(predictor: ViTClassifier, path: Path, top: int) -> Classification | ImageError:
+    try:
+        return predictor.predict(path, top)
+    except ImageError as error:
+        return error
+
+
+def _line(answer: Classification) -> str:
+    rest = ", ".join(f"{label} {share:.1%}" for label, share in answer.top[1:])
+    return printable(f"{answer.id}  {answer}" + (f"  ({rest})" if rest else ""))
+
+
+def _place(out: str) -> Path:
+    """What `--out` names. Raises `ValueError` before any work where that can be no folder that may be written to."""
+    path = Path(out)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    fault = "is no folder" if not there.is_dir() else "" if os.access(there, os.W_OK) else "may not be written to"
+    if fault:
+        raise ValueError(
+            f"--out must name a folder, which is made if needed; got {out}, and {there} {fault}: name another"
+        )
+    return path
+
+
 def _expand(paths: Sequence[str]) -> list[Path]:
     """Files as they are, folders as the image files in them, in the order of their names."""
     found = []
@@ -251,6 +309,15 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _tell(record.getMessage())
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """What was printed is handed on before the end, so that a reader who has gone away is noticed here."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import inspect
 import re
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from vitrail.names import TRAIN_SPELLINGS, closest, nearest, our_word, settled
+from vitrail.names import TRAIN_SPELLINGS, closest, nothing, our_word, settled
 
 BARE_WORDS = {"auto_augment": "auto"}
 """flags beside switches that may stand without a value, and what they mean then"""
 TRUTHS = {"true", "false", "yes", "no"}
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "none"}
 
 
 def parse(prog: str, command: Callable[..., None], words: list[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -53,13 +54,22 @@ def parse(prog: str, command: Callable[..., None], words: list[str]) -> tuple[li
     return positional, flags
 
 
+class _Help(DefaultHelpFormatter):
+    """Meaning and default. Types speak Python, and the choices stand beside the flag."""
+
+    def _get_type_str(self, action: Action) -> None:
+        return None
+
+
 class _Parser(ArgumentParser):
-    """Shows flags with dashes; underscores are taken as well."""
+    """Shows flags with dashes, and `none`; underscores, and `null`, are taken as well."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(formatter_class=_Help, **settings)
         self.bare: dict[str, str] = {}
         """flags that may stand without a value, and what they mean then"""
+        self.optional: set[str] = set()
+        """flags that take a number or a truth, or none"""
 
     def add_flag(self, group: Any, name: str, kind: Any, **options: Any) -> None:
         """A flag of this type in a group of this parser; one that is false until it is said may stand bare."""
@@ -67,6 +77,8 @@ class _Parser(ArgumentParser):
             self.bare[name] = "true"
         elif name in BARE_WORDS:
             self.bare[name] = BARE_WORDS[name]
+        if NoneType in get_args(kind) and str not in get_args(kind):
+            self.optional.add(name)
         group.add_argument(f"--{name}", type=kind, **options)
 
     def flags(self) -> set[str]:
@@ -74,7 +86,7 @@ class _Parser(ArgumentParser):
         return {name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")}
 
     def format_help(self, formatter: Any = None) -> str:
-        text = super().format_help(formatter)
+        text = re.sub(r"\bnull\b", "none", super().format_help(formatter))
         return re.sub(r"(?<![\w-])--(\w+)", lambda m: "--" + m[1].replace("_", "-"), text)
 
 
@@ -134,12 +146,14 @@ def _saved(kind: Any, config: str | None, resume: str | None) -> dict[str, Any]:
 
 
 def _spelled(parser: _Parser, words: list[str]) -> list[str]:
-    """`words` with flags in our spelling, and values for the flags that may stand bare."""
+    """`words` with flags in our spelling, and values for the flags that may stand bare. After `--` none is a flag."""
     result: list[str] = []
     said: dict[str, str] = {}
-    for i, word in enumerate(words):
+    end = words.index("--") if "--" in words else len(words)
+    for i, word in enumerate(words[:end]):
         if not word.startswith("--"):
-            result.append(word)
+            optional = i > 0 and result[-1].removeprefix("--") in parser.optional
+            result.append("null" if optional and nothing(word) else word)
             continue
         typed, equals, value = word[2:].partition("=")
         typed = typed.replace("-", "_")
@@ -149,8 +163,9 @@ def _spelled(parser: _Parser, words: list[str]) -> list[str]:
             raise ValueError(f"{parser.prog} takes one spelling of {_dashed(name)}; got {both}: drop one")
         meant = None if equals else parser.bare.get(name)
         bare = meant is not None and not _is_value(meant, words[i + 1 : i + 2])
+        value = "null" if name in parser.optional and nothing(value) else value
         result.append(f"--{name}={meant}" if bare else f"--{name}{equals}{value}")
-    return result
+    return result + words[end:]
 
 
 def _known(parser: _Parser, typed: str) -> str:
@@ -200,14 +215,22 @@ def _complaint(parser: ArgumentParser, text: str) -> str:
         mend = f": did you mean {close}?" if close else ""
         return f"{_dashed(flag)} must be one of {', '.join(choices)}; got {got}{mend}"
     rule = " or ".join(rule for kind, rule in KINDS.items() if f"<class '{kind}'>" in expected)
-    return f"{_dashed(flag)} takes {rule}; got {got}"
+    return f"{_dashed(flag)} takes {rule}; got {got}{_place(parser, flag)}"
+
+
+def _place(parser: ArgumentParser, flag: str) -> str:
+    """Where the words without a flag go, for a flag of several values, which takes all that follow it."""
+    greedy = any(action.dest == flag and action.nargs == "+" for action in parser._actions)
+    free = [action.dest for action in parser._actions if not action.option_strings]
+    return f": put {free[0]} before {_dashed(flag)}, or after --" if greedy and free else ""
 
 
 def existing(path: Path) -> Path:
-    """`path`, where something is. Raises `ValueError` naming the nearest that is beside it."""
+    """`path`, where something is. Raises `ValueError` naming what is beside it under a name like it."""
     if path.exists():
         return path
-    beside = (part.name for part in path.parent.iterdir()) if path.parent.is_dir() else ()
-    close = nearest(path.name, beside, 1)
-    hint = f"the nearest is {path.parent / close[0]}" if close else f"nor anything in {path.parent}"
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no {path}, nor the folder {path.parent}")
+    close = closest(path.name, (part.name for part in path.parent.iterdir()))
+    hint = f"the nearest is {path.parent / close}" if close else "nothing beside it has a name like that"
     raise ValueError(f"there is no {path}; {hint}")

@@ -92,6 +92,11 @@ BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """characters that turn the order in which others are shown"""
 
 
+def nothing(word: str) -> bool:
+    """Whether a word of a flag or a YAML file means that there is no value; `null` is YAML's own."""
+    return word in ("none", "None", "null")
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 3, cutoff: float = 0.0) -> list[str]:
     """Up to `n` choices most like `word`, best first; with `cutoff` 0 never empty while there are choices."""
     return difflib.get_close_matches(word[:LONGEST_WORD], list(choices), n=n, cutoff=cutoff)

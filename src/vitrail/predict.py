@@ -8,8 +8,9 @@ Legend: `B` batch, `C` channels, `H`, `W` pixels of a picture, `h`, `w` pixels t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vitrail.data.transforms import eval_transform
 from vitrail.images import AnyImage, to_pixels
 from vitrail.layers.modes import evaluating
 from vitrail.models.backbone import Backbone
+from vitrail.names import shortened
 from vitrail.records import Classification, Preprocess
 from vitrail.tasks.base import pick_device
 from vitrail.tasks.classify import answers, check_names, class_names
@@ -77,8 +79,8 @@ class Predictor:
 
     def stream(self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32) -> Iterator[Classification]:
         """The answers of `predict`, one after the other, as soon as their batch is done."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        _check_count("top", top)
+        _check_count("batch_size", batch_size)
         for start in range(0, len(images), batch_size):
             yield from self._answers(images[start : start + batch_size], top)
 
@@ -131,6 +133,13 @@ class ViTClassifier(Predictor):
     def __init__(self, model: Backbone, *, device: str | None = None) -> None:
         _check_head(model)
         super().__init__(model, device=device)
+
+
+def _check_count(name: str, count: Any) -> None:
+    if count is True or count is False or not isinstance(count, Integral):
+        raise TypeError(f"{name} takes a whole number; got {shortened(count)}")
+    if int(count) < 1:
+        raise ValueError(f"{name} must be at least 1; got {count}")
 
 
 def _check_head(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
 from vitrail.data.datasets import DataConfig, DataError, describe, load_splits, say_few
 from vitrail.data.imagesets import ImageSet, Splits
-from vitrail.data.loading import OrderedBatches, make_loader
+from vitrail.data.loading import OrderedBatches, check_workers, make_loader
 from vitrail.data.transforms import eval_transform, train_transform
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
@@ -65,6 +65,7 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     if not resume and config == demo_config(config.out):
         _clear_demo(out)
     refuse_start(out, resume)  # before anything is read or written
+    check_workers(config.workers)
     resolve_name(config.model)
     former = _read_record(out / "splits.json") if resume else None
     splits = _splits_again(config, former) if former else load_splits(config)
@@ -72,8 +73,8 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
     _check_shares(splits, config)
-    say_few(splits)
     model = make_model(config, splits)
+    say_few(splits)
     say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
     if former and "preprocess" in former:  # statistics of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitrail.data.datasets import DataConfig, DataError, image_folder, load_splits
+from vitrail.data.datasets import DataConfig, DataError, image_folder, load_splits, say_few
 from vitrail.data.imagesets import FileSet, TensorSet
 from vitrail.images import ImageError, UnequalSizesError
 
@@ -120,6 +120,37 @@ def test_hidden_and_other_files_are_passed_over(make_folder, write_image):
     assert image_folder(root).counts() == {"cat": 4, "dog": 3}
 
 
+def test_images_below_the_folders_of_classes_are_told(make_folder, caplog):
+    root = make_folder("x/a", "x/b", "y/a")
+    assert image_folder(root).classes == ("x", "y")
+    (said,) = caplog.messages
+    assert said.startswith(f"the folders in {root} are the classes; 9 of 9 images lie deeper (x/a, x/b, y/a): name a")
+    image_folder(root / "x")
+    assert len(caplog.messages) == 1
+
+
+def test_held_out_parts_that_say_little_are_told(make_folder, write_image, caplog):
+    root = make_folder("a", "b", count=400)
+    say_few(load_splits(config(root)))
+    assert caplog.messages == []
+    for name in ("c", "d"):
+        write_image(root / f"{name}/0.png")
+    say_few(load_splits(config(root)))
+    none = "none of 2 classes (c, d)"
+    assert caplog.messages == [
+        f"held out are 40 validation images, {none}; 40 test images, {none}: too few of every class to say much; "
+        "give more images, or a larger --val-fraction"
+    ]
+
+
+def test_a_small_part_that_the_data_names_is_told(make_folder, caplog):
+    root = make_folder("train/cat", "train/dog", "val/cat", count=1)
+    say_few(load_splits(config(root)))
+    assert caplog.messages == [
+        "held out are 1 validation image, none of 1 class (dog): too few of every class to say much; give more images"
+    ]
+
+
 def test_an_unreadable_image_is_named(make_folder):
     root = make_folder("cat", "dog")
     (root / "dog/001.png").write_bytes(b"no")
@@ -191,7 +222,7 @@ def test_a_wrong_path_names_the_nearest(tmp_path):
     (tmp_path / "birds").mkdir()
     with pytest.raises(DataError, match=r"no folder .*flower/x; the nearest is .*flowers"):
         load_splits(config(tmp_path / "flower/x"))
-    with pytest.raises(DataError, match="birds has no folders"):
+    with pytest.raises(DataError, match="no folder in .*birds has a name like x"):
         load_splits(config(tmp_path / "birds/x"))
 
 
@@ -205,7 +236,10 @@ def test_folders_that_are_no_data_set(make_folder, tmp_path):
         load_splits(config(root / "one/cat"))
     with pytest.raises(DataError, match="parts has val but no train"):
         load_splits(config(root / "parts"))
-    with pytest.raises(DataError, match="class 'cow', which the training images lack; the nearest is"):
+    with pytest.raises(DataError, match="class 'cow', which the training images lack; they have cat, dog"):
+        load_splits(config(root / "clash"))
+    (root / "clash/val/cow").rename(root / "clash/val/dogs")
+    with pytest.raises(DataError, match="class 'dogs', which the training images lack; the nearest is 'dog'"):
         load_splits(config(root / "clash"))
     (root / "one/dog").mkdir()
     with pytest.raises(DataError, match=r"every class needs an image; .*dog has none of \.bmp"):
@@ -223,6 +257,8 @@ def test_too_few_images_to_draw_from(make_folder):
         ({"data": "cifra10"}, "--data must be one of bloodcells, .*folder:PATH; got 'cifra10': did you mean cifar10"),
         ({"data": "folder"}, "did you mean folder:PATH"),
         ({"data": "cifar10:x"}, "did you mean cifar10"),
+        ({"data": "flowers"}, r"--data must be one of bloodcells, .*folder:PATH; got 'flowers'$"),
+        ({"data": "folder:"}, "--data folder:PATH must name a folder; got nothing after folder:: say folder:photos"),
         ({"batch_size": 0}, "--batch-size must be at least 1; got 0"),
         ({"workers": -1}, "--workers must be at least 0"),
         ({"seed": -1}, r"--seed must lie in 0 to 2\*\*63 - 1; got -1"),
@@ -234,6 +270,12 @@ def test_too_few_images_to_draw_from(make_folder):
 def test_a_config_says_what_is_wrong(values, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**values)
+
+
+@pytest.mark.parametrize("data", ["", None, 3])
+def test_no_source_is_nothing_to_be_near_to(data):
+    with pytest.raises(DataError, match=r"folder:PATH; got (''|None|3)$"):
+        DataConfig(data=data)
 
 
 def test_a_bare_path_is_told_to_say_folder(tmp_path):

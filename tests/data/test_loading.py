@@ -262,6 +262,15 @@ def test_random_crops_leave_the_accelerators_generators_alone(tensor_set, monkey
     list(make_loader(tensor_set, batch_size=8, train=True, transform=RandomResizedCrop(TINY)))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 24 worker processes")  # which is what torch says
+def test_workers_far_above_the_machine_are_refused(tensor_set, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert make_loader(tensor_set, batch_size=8, train=False, workers=24).num_workers == 24
+    with pytest.raises(ValueError, match="--workers must be at most 24 on this machine of 3 cores; got 25"):
+        make_loader(tensor_set, batch_size=8, train=False, workers=25)
+    assert DataConfig(workers=1000).workers == 1000  # a recipe may have been written for another machine
+
+
 def test_images_of_many_sizes_need_a_transform(make_folder):
     images = image_folder(make_folder("cat", "dog"), in_memory=False)
     with pytest.raises(ValueError, match="give transform=eval_transform"):

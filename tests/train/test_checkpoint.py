@@ -119,3 +119,11 @@ def test_where_there_are_no_links_the_previous_one_is_a_copy(kept, monkeypatch):
     checkpoint._keep_previous(kept)
     assert (kept / "previous.ckpt").read_bytes() == (kept / "last.ckpt").read_bytes()
     assert {path.name for path in kept.iterdir()} == {f"{n}.ckpt" for n in ("last", "previous", "best", "epoch_001")}
+
+
+def test_to_keep_the_previous_one_twice_leaves_nothing_beside(kept):
+    """Two names of one file cannot be renamed into each other."""
+    for _ in range(2):
+        checkpoint._keep_previous(kept)
+    assert (kept / "previous.ckpt").samefile(kept / "last.ckpt")
+    assert not list(kept.glob(".*"))

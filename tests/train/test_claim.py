@@ -94,3 +94,16 @@ def test_fit_refuses_a_folder_that_is_in_use(holder, make_task, images, tmp_path
 def test_without_a_folder_nothing_is_claimed(tmp_path):
     with claimed(None):
         pass
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".model.1a2b.new").mkdir()
+    for name in (".history.csv.1a.part", "checkpoints/.last.ckpt.1a.part", ".model.1a2b.new/model.safetensors", "kept"):
+        (tmp_path / name).touch()
+    with claimed(tmp_path):
+        (tmp_path / ".mine.part").touch()
+        with claimed(tmp_path):
+            assert (tmp_path / ".mine.part").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "kept", ".mine.part"}
+    assert not any((tmp_path / "checkpoints").iterdir())

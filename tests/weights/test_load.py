@@ -296,3 +296,19 @@ def test_every_shipped_model_loads_and_says_what_it_is_for(name: str):
     model = load_model(name)
     assert model.classes and model.images and model.variant
     assert sum(part.stat().st_size for part in SHIPPED[name].folder.iterdir()) < 3_000_000
+
+
+@pytest.mark.parametrize("name", [None, 3, ["vit_debug"]])
+def test_what_is_no_name_is_refused(name: Any):
+    with pytest.raises(TypeError, match="takes the name of a model, such as 'vit_tiny'; got"):
+        create_model(name)
+    with pytest.raises(TypeError, match="by a name or a folder's path; got"):
+        load_model(name)
+
+
+def test_a_file_of_a_model_names_its_folder(saved: Path):
+    for name, home in (("config.json", saved), ("checkpoints/last.ckpt", saved)):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).touch()
+        with pytest.raises(FolderError, match=f"got the file {saved / name}: name {home}$"):
+            load_model(saved / name)

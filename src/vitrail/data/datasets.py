@@ -6,6 +6,7 @@ from the seed; `Splits.record` says which images those were, and `load_splits` t
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vitrail.data.augment import SMALL_SIDE
 from vitrail.data.bloodcells import bloodcells
 from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
 from vitrail.images import SUFFIXES, UnequalSizesError, open_image, read_images
-from vitrail.names import nearest, require
+from vitrail.names import closest, require, shortened
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """what the folders of a data set's parts may be called"""
@@ -33,6 +34,9 @@ WHAT = {
     "imagenet": "colour photographs",
 }
 NAMED = 10
+FEW = 20
+"""held-out images below which a figure says little: one image is 5 % of them"""
+LOG = logging.getLogger("vitrail")
 
 
 class DataError(ValueError):
@@ -50,7 +54,7 @@ class DataConfig:
     download: bool = False
     """fetch cifar10 or cifar100 into data_dir if they are not there"""
     img_size: int | None = None
-    """side of the square image the model gets, in pixels; None for the data's own size, 224 if it has many"""
+    """side of the square image the model gets, in pixels; none for the data's own size, 224 if it has many"""
     batch_size: int = 128
     """images a batch and device"""
     workers: int = 0
@@ -58,7 +62,7 @@ class DataConfig:
     val_fraction: float = 0.05
     """share of every class set aside for validation, and for test, where the data names no such part"""
     in_memory: bool | None = None
-    """hold all images of a folder in memory; None does so if they are small and share one size"""
+    """hold all images of a folder in memory; none does so if they are small and share one size"""
     seed: int = 0
     """of everything random: draws, order, augmentation, initial weights"""
 
@@ -68,20 +72,25 @@ class DataConfig:
         for name, least in (("batch_size", 1), ("workers", 0)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
         require(0 <= self.seed <= MOST_SEED, "seed", "lie in 0 to 2**63 - 1", self.seed)
-        require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or None", self.img_size)
+        require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or none", self.img_size)
         require(0 < self.val_fraction < 0.5, "val_fraction", "lie between 0 and 0.5", self.val_fraction)
 
 
 def split_name(data: str) -> tuple[str, str]:
     """`folder:PATH` -> (`folder`, PATH); any other source's name -> (name, empty). Raises `DataError`."""
-    source, _, path = data.partition(":")
+    choices = ["folder:PATH" if name == "folder" else name for name in SOURCES]
+    if not isinstance(data, str) or not data:
+        raise DataError(f"--data must be one of {', '.join(choices)}; got {shortened(data)}")
+    source, colon, path = data.partition(":")
     if source in SOURCES and (source == "folder") == bool(path):
         return source, path
+    if source == "folder" and colon:
+        raise DataError(f"--data folder:PATH must name a folder; got nothing after {data}: say folder:photos, for one")
     if Path(data).is_dir():
         raise DataError(f"--data must name a source; got the folder {data}: say folder:{data}")
-    choices = ["folder:PATH" if name == "folder" else name for name in SOURCES]
-    near = nearest(data, choices, 1)[0]
-    raise DataError(f"--data must be one of {', '.join(choices)}; got {data!r}: did you mean {near}?")
+    near = closest(data, choices)
+    mend = f": did you mean {near}?" if near else ""
+    raise DataError(f"--data must be one of {', '.join(choices)}; got {data!r}{mend}")
 
 
 Ids = Mapping[str, Sequence[str]]
@@ -102,6 +111,25 @@ def describe(splits: Splits) -> str:
     """One line: what images these are, and which classes they have (the first ten)."""
     more = f" and {len(splits.classes) - NAMED} more" if len(splits.classes) > NAMED else ""
     return f"{WHAT.get(splits.name, 'images')}: {', '.join(splits.classes[:NAMED])}{more}"
+
+
+def say_few(splits: Splits) -> None:
+    """Tells the logger `vitrail`, in one line, of held-out parts that lack classes or are very small."""
+    parts = {"validation": splits.val} | ({} if splits.test is splits.val else {"test": splits.test})
+    said = [line for name, images in parts.items() if (line := _few(name, images))]
+    if said:
+        more = "more images, or a larger --val-fraction" if splits.drawn else "more images"
+        LOG.warning("held out are %s: too few of every class to say much; give %s", "; ".join(said), more)
+
+
+def _few(name: str, images: ImageSet) -> str:
+    """Such as `3 test images, none of 2 classes (b, c)`; empty where there are enough of every class."""
+    lacking = [label for label, count in images.counts().items() if not count]
+    if len(images) >= FEW and not lacking:
+        return ""
+    count = f"{len(images)} {name} image{'s' * (len(images) != 1)}"
+    named = ", ".join(lacking[:NAMED]) + (" …" if len(lacking) > NAMED else "")
+    return f"{count}, none of {len(lacking)} class{'es' * (len(lacking) != 1)} ({named})" if lacking else count
 
 
 Parts = Mapping[str, ImageSet]
@@ -252,7 +280,19 @@ def image_folder(
     paths = [path for name in found for path in files[name]]
     labels = torch.tensor([names.index(name) for name in found for _ in files[name]])
     ids = [path.relative_to(base or root).as_posix() for path in paths]
+    _say_deep(root, paths)
     return _held(paths, labels, names, ids, in_memory)
+
+
+def _say_deep(root: Path, paths: Sequence[Path]) -> None:
+    """Folders of classes in folders would otherwise become classes of other names without a word."""
+    deep = [path.relative_to(root).parent for path in paths if path.parent.parent != root]
+    if deep:
+        few = ", ".join(place.as_posix() for place in list(dict.fromkeys(deep))[:3])
+        LOG.warning(
+            "the folders in %s are the classes; %d of %d images lie deeper (%s): name a folder below if those are the "
+            "classes", root, len(deep), len(paths), few,
+        )  # fmt: skip
 
 
 def _class_folders(root: Path, classes: Sequence[str] | None) -> list[str]:
@@ -262,10 +302,9 @@ def _class_folders(root: Path, classes: Sequence[str] | None) -> list[str]:
         raise DataError(f"{root} must hold one folder of images a class; it has no folder but {loose} loose images")
     unknown = sorted(set(found) - set(classes)) if classes else []
     if classes and unknown:
-        raise DataError(
-            f"{root} has the class {unknown[0]!r}, which the training images lack; the nearest is "
-            f"{nearest(unknown[0], classes, 1)[0]!r}"
-        )
+        near = closest(unknown[0], classes)
+        mend = f"the nearest is {near!r}" if near else f"they have {', '.join(classes[:NAMED])}"
+        raise DataError(f"{root} has the class {unknown[0]!r}, which the training images lack; {mend}")
     if not classes and len(found) < 2:
         raise DataError(f"{root} needs at least two class folders; got only {found[0]!r}")
     return found
@@ -300,6 +339,6 @@ def _existing(path: Path) -> Path:
         return path
     parent = next(place for place in path.absolute().parents if place.is_dir())
     word = path.absolute().relative_to(parent).parts[0]
-    close = nearest(word, (place.name for place in parent.iterdir() if place.is_dir()), 1)
-    hint = f"the nearest is {parent / close[0]}" if close else f"{parent} has no folders"
+    close = closest(word, (place.name for place in parent.iterdir() if place.is_dir()))
+    hint = f"the nearest is {parent / close}" if close else f"no folder in {parent} has a name like {word}"
     raise DataError(f"there is no folder {path}; {hint}")

@@ -7,6 +7,7 @@ batches come with 0, 1 or 4 workers, after a resume, and on every machine.
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,12 @@ from vitrail.data.augment import TIED, AugmentConfig
 from vitrail.data.datasets import DataConfig, load_splits
 from vitrail.data.imagesets import ImageSet, Sample, collate
 from vitrail.data.transforms import Transform, eval_transform, train_transform
+from vitrail.data.watch import Board, WatchedLoader
+from vitrail.names import require
 from vitrail.records import Batch
+
+WORKERS_A_CORE = 8
+"""more than that wait for each other, and each takes memory of its own"""
 
 
 class Pick(NamedTuple):
@@ -114,10 +120,10 @@ class Drawing(Dataset[Batch]):
     by image under a seed of its own, and leaves torch's global generators as they were.
     """
 
-    def __init__(self, images: ImageSet, transform: Transform | None, seed: int) -> None:
+    def __init__(self, images: ImageSet, transform: Transform | None, seed: int, board: Board) -> None:
         if transform is None and images.size is None:
             raise ValueError("images of many sizes need a transform to one: give transform=eval_transform(preprocess)")
-        self.images, self.transform, self.seed = images, transform, seed
+        self.images, self.transform, self.seed, self.board = images, transform, seed, board
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,10 +132,12 @@ class Drawing(Dataset[Batch]):
         transform = self.transform
         if self.images.size is None or (transform is not None and transform.random):
             return collate([self._single(pick, cast(Transform, transform)) for pick in picks])
+        self.board.begin(picks[0].row)
         batch = self.images.gather([pick.row for pick in picks])
         return batch if transform is None else Batch(**{**batch, "image": _moved(transform, batch)})
 
     def _single(self, pick: Pick, transform: Transform) -> Sample:
+        self.board.begin(pick.row)
         sample = self.images[pick.row]
         if not transform.random:
             return Sample(**{**sample, "image": _moved(transform, sample)})
@@ -159,6 +167,13 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_workers(workers: int) -> None:
+    """Raises `ValueError` for processes that this machine could not hold: a thousand would take all its memory."""
+    cores = os.cpu_count() or 1
+    most = WORKERS_A_CORE * cores
+    require(workers <= most, "workers", f"be at most {most} on this machine of {cores} cores", workers)
+
+
 def make_loader(
     images: ImageSet,
     *,
@@ -167,6 +182,7 @@ def make_loader(
     transform: Transform | None = None,
     seed: int = 0,
     workers: int = 0,
+    timeout: float = 300,
     rank: int | None = None,
     world: int | None = None,
 ) -> DataLoader[Batch]:
@@ -174,13 +190,17 @@ def make_loader(
 
     `train` shuffles, every epoch anew; otherwise every image comes once, in order. `loader.batch_sampler` is an
     `OrderedBatches`, whose `set_epoch` goes to any epoch. Raises `ValueError` for images of many sizes without a
-    `transform`; `ImageError` while iterating, naming the file.
+    `transform`, and for many more workers than this machine has cores; while iterating `ImageError`, naming the file,
+    and `LoaderError` for a worker that died or, for `timeout` seconds (0: for ever), gave no batch.
     """
+    check_workers(workers)
     order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world)
-    drawing = Drawing(images, transform, seed)
+    board = Board(workers)
+    drawing = Drawing(images, transform, seed, board)
     own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one
-    return DataLoader(
-        drawing, batch_sampler=order, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,
+    return WatchedLoader(
+        drawing, board=board, names=images.ids, timeout=timeout if workers else 0, batch_sampler=order,
+        collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(), generator=own_generator, worker_init_fn=_ignore_interrupt,
     )  # fmt: skip
 

@@ -62,11 +62,6 @@ class Checkpoints(Callback):
     def __init__(self, record: HistoryLog, folder: Path | None, every: int = 0) -> None:
         self.record, self.folder, self.every = record, folder, every
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.folder and trainer.is_global_zero:
-            for part in self.folder.glob(".*.part"):  # what a killed run was writing
-                part.unlink()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = len(self.record.history)
         names = [BEST] if self.record.improved else []
@@ -93,15 +88,15 @@ class Checkpoints(Callback):
 
 def _keep_previous(folder: Path) -> None:
     """`last.ckpt` under a second name too: no byte is copied where the file system knows links."""
-    last, beside = folder / LAST, folder / f".{PREVIOUS}.part"
-    if not last.is_file():
+    last, previous, beside = folder / LAST, folder / PREVIOUS, folder / f".{PREVIOUS}.part"
+    if not last.is_file() or (previous.is_file() and previous.samefile(last)):  # a kill came between the two
         return
     beside.unlink(missing_ok=True)
     try:
         os.link(last, beside)
     except OSError:
         shutil.copyfile(last, beside)
-    beside.replace(folder / PREVIOUS)
+    beside.replace(previous)
 
 
 def has_checkpoints(folder: Path) -> bool:

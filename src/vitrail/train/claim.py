@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from vitrail.files import sweep
 from vitrail.processes import is_first
 
 LOCK, HOLDER = ".lock", ".lock.holder"
@@ -23,8 +24,8 @@ class FolderInUse(ValueError):
 def claimed(folder: Path | None) -> Iterator[None]:
     """Keeps other processes out of a run folder; the same process may claim it again within. None claims nothing.
 
-    Of several processes of one run the first one claims it. What a killed process left behind is no claim. Raises
-    `FolderInUse`, saying whose it is.
+    Of several processes of one run the first one claims it. What a killed process left behind is no claim, and files
+    that it was writing are removed. Raises `FolderInUse`, saying whose it is.
     """
     if folder is None or not is_first():
         yield
@@ -39,6 +40,8 @@ def claimed(folder: Path | None) -> Iterator[None]:
             "or name another with --out"
         ) from None
     try:
+        if lock.lock_counter == 1:
+            sweep(folder)
         holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:

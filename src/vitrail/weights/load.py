@@ -19,7 +19,7 @@ from vitrail.folder import FolderError, find_folder, read_card, read_weights
 from vitrail.layers.embed import PatchEmbed, pair, resize_positions
 from vitrail.models.backbone import Backbone, spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, resolve_name
-from vitrail.names import nearest, unpacked
+from vitrail.names import nearest, shortened, unpacked
 from vitrail.records import ModelCard
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
@@ -50,9 +50,12 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Backb
     `overrides` are fields of the family's config, in other libraries' spellings too. With `pretrained`, a changed
     `num_classes` makes a new head, and with another `img_size` learned positions are interpolated, as timm does; what
     would change the shape of other weights is an error. Raises `ValueError` for
-    an unknown name, `TypeError` for an unknown field, each naming the nearest; `ValueError` where no weights are known.
+    an unknown name, `TypeError` for an unknown field, each naming the nearest, and for a name that is no text;
+    `ValueError` where no weights are known.
     The logger `vitrail` is told, as information, which row a short name became.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model takes the name of a model, such as 'vit_tiny'; got {shortened(name)}")
     if pretrained:
         if name not in SHIPPED:
             raise ValueError(_no_weights(name))
@@ -75,8 +78,10 @@ def load_model(name_or_path: str | Path) -> Backbone:
 
     Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A name wins over a folder of
     that name; `./name` is the folder. Raises `FolderError` (a `ValueError`) where there is no such model, where files
-    are damaged, and where card and weights do not fit each other.
+    are damaged, and where card and weights do not fit each other; `TypeError` for what is neither name nor path.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"a model is found by a name or a folder's path; got {shortened(name_or_path)}: give one")
     if name_or_path in SHIPPED:
         return _load(SHIPPED[str(name_or_path)].folder).eval()
     if _is_architecture(str(name_or_path)) and not Path(name_or_path).exists():
@@ -84,6 +89,9 @@ def load_model(name_or_path: str | Path) -> Backbone:
             f"{name_or_path} is an architecture without weights: train it, or use create_model({str(name_or_path)!r}); "
             f"with weights there is {', '.join(SHIPPED)}"
         )
+    if (path := Path(name_or_path)).is_file():
+        home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: name {home}")
     try:
         folder = find_folder(name_or_path)
     except FolderError as error:

@@ -1,0 +1,108 @@
+"""A loader that says which worker died or hangs, and over which image, where torch says a process number or nothing.
+
+    worker ── writes the image it begins with ──> board (shared memory)          main process ── a batch is missing?
+                                                       └──────────────── reads ─────────────────────┘
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from vitrail.records import Batch
+
+IDLE = -1
+GRACE = 0.2
+"""seconds in which the system tells that a process has died"""
+
+
+class LoaderError(RuntimeError):
+    """A worker process that loads images died or hangs. The message names it and the image that it was at."""
+
+
+class Board:
+    """What each worker is at: the number of an image, and since when. Lies in shared memory."""
+
+    def __init__(self, workers: int) -> None:
+        self.at: Tensor = torch.full((workers, 2), IDLE, dtype=torch.int64).share_memory_()
+
+    def begin(self, row: int) -> None:
+        """To be called in a worker, before it touches the image `row`; elsewhere it does nothing."""
+        info = get_worker_info()
+        if info is not None:
+            self.at[info.id] = torch.tensor([row, time.monotonic_ns()])
+
+    def read(self, worker: int) -> tuple[int, float] | None:
+        """The image that a worker is at, and for how many seconds; None before its first."""
+        row, since = self.at[worker].tolist()
+        return None if row == IDLE else (row, (time.monotonic_ns() - since) / 1e9)
+
+
+class WatchedLoader(DataLoader[Batch]):
+    """A `DataLoader` whose `RuntimeError`s about workers become `LoaderError`s that name worker, image and path.
+
+    `timeout` is in seconds, for each batch; 0 waits for ever. Workers that hang are ended with the error.
+    """
+
+    def __init__(self, *args: Any, board: Board, names: Sequence[str], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._board, self._names = board, names
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        inner = super().__iter__()
+        try:
+            yield from inner
+        except (RuntimeError, OSError, EOFError) as error:  # a batch may be lost on its way from a worker that died
+            workers = list(getattr(inner, "_workers", []))
+            hangs = "timed out" in str(error)
+            gone = [] if hangs else [n for n, worker in enumerate(workers) if _is_gone(worker)]
+            if not hangs and not gone:
+                raise
+            message = self._hanging(workers) if hangs else self._dead(workers, gone)
+            self._end(inner, workers)
+            raise LoaderError(message) from None
+
+    def _dead(self, workers: list[Any], gone: list[int]) -> str:
+        how = "; ".join(f"worker {n} {_cause(workers[n].exitcode)} while at {self._place(n)}" for n in gone)
+        return f"a process that loads images must live while it is needed; {how}: look at that file, and at the memory"
+
+    def _hanging(self, workers: list[Any]) -> str:
+        seen = {n: self._board.read(n) for n in range(len(workers))}
+        slowest = max(seen, key=lambda n: seen[n][1] if seen[n] else 0.0)  # type: ignore[index]
+        since = f" for {seen[slowest][1]:.0f} s" if seen[slowest] else ""  # type: ignore[index]
+        return (
+            f"a batch must come within {self.timeout:g} s (--worker-timeout); worker {slowest} has been at "
+            f"{self._place(slowest)}{since}: look at that file and the disk, or give more time"
+        )
+
+    def _place(self, worker: int) -> str:
+        seen = self._board.read(worker)
+        return "its first image" if seen is None else f"{self._names[seen[0]]} (image {seen[0]})"
+
+    def _end(self, inner: Any, workers: list[Any]) -> None:
+        """Ends all workers, those that hang by force. Torch, while it ends them, may tell of the dead one once more."""
+        with suppress(RuntimeError):
+            inner._shutdown_workers()
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        self._iterator = None
+
+
+def _is_gone(worker: Any) -> bool:
+    worker.join(GRACE)
+    return not worker.is_alive()
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (", as the system does when memory runs out," if name == "SIGKILL" else "")

@@ -1,0 +1,102 @@
+"""Workers that are killed, hang or fail: an error that names worker, path and image, and no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from vitrail.data.imagesets import TensorSet
+from vitrail.data.loading import make_loader
+from vitrail.data.watch import LoaderError
+from vitrail.images import ImageError
+
+
+class Deadly(TensorSet):
+    """Images of which one does something to the worker that reads it."""
+
+    fate = staticmethod(lambda: None)
+    at = 13
+
+    def image(self, index):
+        if index == self.at and get_worker_info() is not None:
+            self.fate()
+        return super().image(index)
+
+
+class Random:
+    random = True
+
+    def __call__(self, image):
+        return image
+
+
+def loader(fate, timeout=300.0, workers=2):
+    names = [f"p/{n}.png" for n in range(40)]
+    images = Deadly(torch.zeros(40, 3, 4, 4, dtype=torch.uint8), torch.zeros(40), ("a",), names)
+    images.fate = fate
+    return make_loader(images, batch_size=4, train=False, workers=workers, timeout=timeout, transform=Random())
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1000)
+
+
+def fail():
+    raise ImageError("p/13.png: not a readable image")
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_named_with_its_image(workers):
+    began = time.monotonic()
+    words = rf"worker {workers - 1} was killed by SIGKILL, as the system does .* while at p/13\.png \(image 13\)"
+    with pytest.raises(LoaderError, match=words):
+        list(loader(die, workers=workers))
+    assert time.monotonic() - began < 20
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.fault(37)
+def test_a_worker_that_hangs_is_named_and_ended():
+    began = time.monotonic()
+    words = r"within 2 s \(--worker-timeout\); worker 1 has been at p/13\.png \(image 13\) for \d s"
+    with pytest.raises(LoaderError, match=words):
+        list(loader(hang, timeout=2))
+    assert time.monotonic() - began < 20
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_fails_in_a_worker_is_named(workers):
+    with pytest.raises(ImageError, match=r"^p/13\.png: not a readable image$"):
+        list(loader(fail, workers=workers)) if workers else fail()
+
+
+def test_a_loader_goes_on_after_an_error():
+    made = loader(die)
+    for _ in range(2):
+        with pytest.raises(LoaderError):
+            list(made)
+    made.dataset.images.at = None
+    assert len(list(made)) == 10
+
+
+def test_other_errors_pass():
+    def wrong():
+        raise RuntimeError("a bug of its own")
+
+    with pytest.raises(RuntimeError, match="a bug of its own") as error:
+        list(loader(wrong))
+    assert not isinstance(error.value, LoaderError)
