@@ -158,6 +158,19 @@ def test_drawing_leaves_the_picture_and_writes_below_it() -> None:
     assert picture.size == (60, 20)
 
 
+@pytest.mark.parametrize(("fields", "size", "seen"), [
+    (dict(), (224, 224), (224, 224)),
+    (dict(), (5, 3000), (5, 5)),
+    (dict(), (3000, 5), (5, 5)),
+    (dict(), (480, 640), (480, 480)),
+    (dict(img_size=(32, 64)), (480, 640), (320, 640)),
+    (dict(crop_pct=0.875), (256, 512), (224, 224)),
+    (dict(crop_mode="squash"), (5, 3000), (5, 3000)),
+])  # fmt: skip
+def test_what_the_cut_leaves_of_a_picture(fields: dict[str, Any], size: tuple[int, int], seen: tuple[int, int]) -> None:
+    assert Preprocess(**fields).seen(size) == seen
+
+
 # ---- explanations
 
 
@@ -170,6 +183,29 @@ def test_a_map_is_stretched_to_the_picture_and_to_zero_and_one() -> None:
     assert big[-1, -1] == 1
     assert (big.diff(dim=0) >= 0).all()
     assert (big.diff(dim=1) >= 0).all()
+
+
+def test_a_peak_is_round_and_without_a_ring() -> None:
+    """Bilinear weights draw a cross, bicubic ones a dark ring."""
+    heat = torch.zeros(5, 5)
+    heat[2, 2] = 1
+    big = Explanation(method="rollout", heat=heat).resized((505, 505))
+    assert big[252, 252] == 1
+    straight, diagonal = big[252, 252 + 28], big[252 + 20, 252 + 20]  # at the same distance of the middle
+    assert abs(straight - diagonal) < 0.01
+    assert (big[:, :152] == 0).all()  # beyond the cells beside it
+    assert (big[252, 252:].diff() <= 0).all()
+
+
+def test_between_cells_lies_no_value_beyond_theirs() -> None:
+    torch.manual_seed(0)
+    heat = torch.rand(4, 6)
+    big = Explanation(method="rollout", heat=heat).resized((84, 126))  # 21 pixels a cell
+    torch.testing.assert_close(big[10::21, 10::21], (heat - heat.min()) / (heat.max() - heat.min()))
+    for row, column in ((0, 0), (1, 3), (2, 4)):
+        cells = big[10::21, 10::21][row : row + 2, column : column + 2]
+        between = big[10 + 21 * row : 32 + 21 * row, 10 + 21 * column : 32 + 21 * column]
+        assert cells.min() - 1e-6 <= between.min() <= between.max() <= cells.max() + 1e-6
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -4.0])

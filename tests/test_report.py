@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vitrail.data.imagesets import TensorSet
+from vitrail.draw.runs import Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
 from vitrail.models.registry import build_model
 from vitrail.records import Batch, Classification, History, Preprocess
-from vitrail.report import RunFacts, Shown, as_json, choose_examples, machine, report_run
+from vitrail.report import RunFacts, Shown, _notes, as_json, choose_examples, machine, report_run
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 
@@ -151,7 +152,7 @@ def test_the_page_is_complete_and_alone(tmp_path: Path):
         assert words in page
     assert "<b>bright" not in page
     assert "attention rollout" in page
-    assert "test images that chose nothing" in page
+    assert "test images, which chose nothing" in page
 
 
 def test_images_of_every_class_by_part_or_only_the_held_out_ones(tmp_path: Path):
@@ -161,6 +162,66 @@ def test_images_of_every_class_by_part_or_only_the_held_out_ones(tmp_path: Path)
     _, _, page = report(tmp_path, task_of())
     assert "was trained on the training images of" in page
     assert "<td>4</td>" in page
+
+
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: History = HISTORY, **facts: Any) -> RunReport:
+    """What is handed to the page."""
+    kept: list[RunReport] = []
+    monkeypatch.setattr("vitrail.report.training_report", lambda report: kept.append(report) or "page")
+    batches = facts.pop("batches", loader(images(12)))
+    report_run(tmp_path, task_of(), batches, history, replace(FACTS, **facts))
+    return kept[0]
+
+
+@pytest.mark.parametrize(("figures", "kept"), [
+    ([0.5, 0.7, 0.7, 0.6], Kept(3, "accuracy", 0.7)),
+    ([math.nan, 0.1, math.nan], Kept(2, "accuracy", 0.1)),
+    ([math.nan, math.nan], Kept(2)),
+    ([None, None, None], Kept(3)),
+    ([], None),
+])  # fmt: skip
+def test_the_epoch_that_was_kept_is_the_best_or_the_last(
+    figures: list[float | None], kept: Kept | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [
+        {"epoch": n, "train_loss": 1.0} | ({} if v is None else {"val_accuracy": v}) for n, v in enumerate(figures, 1)
+    ]
+    assert drawn(tmp_path, monkeypatch, History(rows)).kept == kept
+
+
+def test_the_page_says_which_epoch_was_kept(tmp_path: Path):
+    page = report(tmp_path, task_of())[2]
+    assert page.count("<b>epoch 1 of 1</b>, the best on the validation images (accuracy 50.0%;") == 2
+
+
+def test_classes_without_held_out_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pixels = images(12)
+    some = [pixels.gather([n for n in range(12) if n % 3 != 1])]
+    counts = {"train": [4, 4, 4], "val": [0, 1, 0], "test": [4, 0, 4]}
+    notes = " ".join(drawn(tmp_path, monkeypatch, batches=some, counts=counts).notes)
+    assert "nothing was held out, so nobody knows how well they are told: dark." in notes
+    assert "no image had a say in which epoch was kept: bright <b>, grey & dull." in notes
+    assert "only 8 held-out images: one image more or less moves the accuracy by 12.5%." in notes
+    notes = " ".join(drawn(tmp_path, monkeypatch).notes)
+    assert "held out, so" not in notes and "a say" not in notes
+
+
+def test_of_many_classes_without_held_out_images_the_first_are_named():
+    facts = replace(FACTS, counts={"val": [1] * 3 + [0] * 9})
+    notes = _notes(facts, tuple("abcdefghijkl"), [0] * 7 + [100] * 5)
+    assert notes[1:] == [
+        "Of some classes nothing was held out, so nobody knows how well they are told: a, b, c, d, e and 2 more.",
+        "Of some classes no image had a say in which epoch was kept: d, e, f, g, h and 4 more.",
+    ]
+
+
+@pytest.mark.parametrize(("count", "words"), [
+    (1, "There is only 1 held-out image: one image more or less moves the accuracy by 100.0%."),
+    (199, "There are only 199 held-out images: one image more or less moves the accuracy by 0.5%."),
+    (200, None),
+])  # fmt: skip
+def test_of_few_images_one_counts(count: int, words: str | None):
+    assert _notes(FACTS, ("a",), [count])[1:] == ([] if words is None else [words])
 
 
 def ready(preprocess: Preprocess) -> tuple[TensorSet, list[Batch]]:
@@ -238,7 +299,7 @@ def test_figures_of_images_that_chose_the_epoch_are_called_so(tmp_path: Path):
     _, metrics, page = report(tmp_path, task_of(), replace(FACTS, split="val"))
     assert metrics["split"] == "val"
     assert "which also chose the epoch that was kept" in page
-    assert "test images that chose nothing" not in page
+    assert "test images, which chose nothing" not in page
 
 
 def test_of_several_processes_the_first_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

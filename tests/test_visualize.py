@@ -64,6 +64,10 @@ def titles(figure: Canvas) -> list[str]:
     return [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.get_title()]
 
 
+def answer(visualizer: AttentionVisualizer, photo: Path) -> str:
+    return str(visualizer.predictor.predict(photo))
+
+
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -121,7 +125,10 @@ def test_models_of_other_tokens(fields: dict[str, Any], layers: list[int], photo
     (dict(layers=[0]), "layers must be numbers from 1"),
     (dict(heads=3), r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[3\]"),
     (dict(heads="-1"), r"which has 3 heads; got \[-1\]"),
-    (dict(heads="middle"), "heads must be mean, max, min, all or head numbers from 0; got 'middle'"),
+    (dict(heads="middle"), "heads must be mean, max, min, all or a head's number from 0; got 'middle'"),
+    (dict(heads=1.0), "or a head's number from 0; got 1.0"),
+    (dict(layers="2"), "layers must be numbers from 1, or None for all; got '2'"),
+    (dict(layers=[2.0]), r"layers must be numbers from 1, or None for all; got \[2.0\]"),
 ])  # fmt: skip
 def test_what_is_not_there_is_refused(choice: dict[str, Any], message: str, visualizer, photo: Path):
     with pytest.raises(ValueError, match=message):
@@ -139,11 +146,14 @@ def test_a_network_without_attention_says_so(photo: Path):
 def test_layers_in_a_row(visualizer, photo: Path, tmp_path: Path):
     maps = visualizer.generate_attention_maps(photo, layers=[3, 1])
     figure = visualizer.plot_attention_maps(maps, save_path=tmp_path / "new" / "row.png")
-    assert titles(figure) == ["image", "layer 3, mean of heads", "layer 1, mean of heads"]
+    assert titles(figure) == [answer(visualizer, photo), "layer 3, mean of heads", "layer 1, mean of heads"]
+    assert [axes.get_xlabel() for axes in figure.axes[1:3]] == [
+        f"{m.heat.min():.2g} … {m.heat.max():.2g}" for m in maps
+    ]
     width, height = size_of(tmp_path / "new" / "row.png")
-    assert width > 2.5 * height > 500
-    assert titles(visualizer.plot_attention_maps(visualizer.generate_attention_maps(photo, [2], 1))) == [
-        "image", "layer 2, head 1",
+    assert width > 2 * height > 500
+    assert titles(visualizer.plot_attention_maps(visualizer.generate_attention_maps(photo, 2, 1))) == [
+        answer(visualizer, photo), "layer 2, head 1",
     ]  # fmt: skip
 
 
@@ -157,14 +167,21 @@ def test_one_layer_is_counted_from_0_or_from_the_end(layer: int, visualizer, pho
 
 def test_heads_as_a_grid_or_one_of_them(visualizer, photo: Path, tmp_path: Path):
     path = tmp_path / "heads.png"
-    assert titles(visualizer.visualize_attention(photo, save_path=path)) == ["image", "head 0", "head 1", "head 2"]
+    said = answer(visualizer, photo)
+    figure = visualizer.visualize_attention(photo, save_path=path)
+    assert titles(figure) == [said, "head 0", "head 1", "head 2"]
+    assert figure.get_suptitle() == "attention, layer 3"
     assert min(size_of(path)) > 200
-    assert titles(visualizer.visualize_attention(photo, 0, head_idx=2)) == ["image", "layer 1, head 2"]
+    assert titles(visualizer.visualize_attention(photo, 0, head_idx=2)) == [said, "layer 1, head 2"]
 
 
 @pytest.mark.parametrize(("place", "message"), [
     (dict(layer_idx=3), "layer_idx must lie in -3 … 2: the model has a depth of 3 attention layers; got 3"),
     (dict(layer_idx=-4), "depth of 3 attention layers; got -4"),
+    (dict(layer_idx="a"), "layer_idx must lie in -3 … 2: .*; got 'a'"),
+    (dict(layer_idx=1.0), "layer_idx must lie in -3 … 2: .*; got 1.0"),
+    (dict(layer_idx=True), "layer_idx must lie in -3 … 2: .*; got True"),
+    (dict(head_idx=True), "or a head's number from 0; got True"),
     (dict(head_idx=3), r"heads must lie in 0 … 2 at layer 3, which has 3 heads; got \[3\]"),
     (dict(head_idx=-1), r"heads must lie in 0 … 2 at layer 3, which has 3 heads; got \[-1\]"),
 ])  # fmt: skip
@@ -182,7 +199,7 @@ def test_rollout_beside_the_picture_and_the_answer(model: Backbone, visualizer, 
     figure = visualizer.rollout(photo, fusion="max", discard=0.5, save_path=tmp_path / "rollout.png")
     assert titles(figure) == [str(Predictor(model).predict(photo)), "rollout, max of heads"]
     assert size_of(tmp_path / "rollout.png")[0] > 200
-    assert [axes.images[0].get_array().shape for axes in figure.axes] == [(224, 224, 3)] * 2  # enlarged from 32
+    assert [axes.images[0].get_array().shape for axes in figure.axes[:2]] == [(224, 224, 3)] * 2  # enlarged from 32
     with record_attention() as record, torch.no_grad():
         model(model.preprocess.normalise(read_image(photo))[None])
     assert_close(heats[0], rollout(record.maps, "max", 0.5)[0, 0, 1:].view(4, 4))
@@ -201,11 +218,13 @@ def test_patches(photo: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("options", "names"), [
     (dict(), ["0_rollout.png"]),
-    (dict(heads="min"), ["0_rollout.png"]),
-    (dict(layers=[1, 3]), ["0_rollout.png"]),
+    (dict(heads="min"), ["0_rollout_min.png"]),
+    (dict(layers=[1, 3]), ["0_rollout_layers_1_3.png"]),
+    (dict(layers=2, heads="max"), ["0_rollout_layer_2_max.png"]),
     (dict(name="cat"), ["cat_rollout.png"]),
     (dict(method="attention"), ["0_attention.png"]),
-    (dict(method="attention", layers=[2, 1], heads="1"), ["0_attention.png"]),
+    (dict(method="attention", layers=[2, 1], heads="1"), ["0_attention_layers_2_1_head_1.png"]),
+    (dict(method="attention", heads=1), ["0_attention_head_1.png"]),
     (dict(method="attention", layers=[3, 1], heads="all"), ["0_layer01_heads.png", "0_layer03_heads.png"]),
 ])  # fmt: skip
 def test_save_names_its_files(options: dict[str, Any], names: list[str], visualizer, photo: Path, tmp_path: Path):
@@ -228,7 +247,8 @@ def test_save_refuses(options: dict[str, Any], message: str, visualizer, photo: 
 def test_heads_of_many_layers_are_a_grid(visualizer, photo: Path):
     maps = visualizer.generate_attention_maps(photo, heads="all")
     figure = visualizer.plot_attention_maps(maps)
-    rows = [["image", *(f"layer {layer}, head {head}" for head in range(HEADS))] for layer in (1, 2, 3)]
+    said = answer(visualizer, photo)
+    rows = [[said, *(f"layer {layer}, head {head}" for head in range(HEADS))] for layer in (1, 2, 3)]
     assert titles(figure) == [title for row in rows for title in row]
     grid = figure.axes[0].get_subplotspec().get_gridspec()
     assert (grid.nrows, grid.ncols) == (DEPTH, 1 + HEADS)
@@ -244,7 +264,7 @@ def test_many_layers_are_wrapped(visualizer, photo: Path):
 def test_rollout_to_some_layers(visualizer, photo: Path):
     maps = visualizer.explain(photo, layers=[3, 1])
     assert titles(visualizer.plot_attention_maps(maps)) == [
-        "image", "rollout, layer 3, mean of heads", "rollout, layer 1, mean of heads",
+        answer(visualizer, photo), "rollout, layers 1-3, mean of heads", "rollout, layer 1, mean of heads",
     ]  # fmt: skip
 
 
@@ -256,6 +276,38 @@ def test_a_new_method_is_drawn_and_saved_too(visualizer, photo: Path, tmp_path: 
 
     monkeypatch.setitem(METHODS, "colour", by_colour)
     assert visualizer.save(photo, tmp_path, method="colour") == [tmp_path / "0_colour.png"]
+
+
+def test_pictures_of_other_layers_and_heads_have_other_names(visualizer, photo: Path, tmp_path: Path):
+    asked = [
+        dict(method=method, layers=layers, heads=heads)
+        for method, fusions in (("rollout", ("mean", "max")), ("attention", ("mean", "max", 0, 1)))
+        for layers in (None, [1], [2], [1, 2], [2, 1])
+        for heads in fusions
+    ]
+    written = [path for options in asked for path in visualizer.save(photo, tmp_path, **options)]
+    grids = visualizer.save(photo, tmp_path, method="attention", heads="all")
+    assert len({*written, *grids}) == len(asked) + DEPTH
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_network_that_gives_no_answer_has_its_pictures(foreign: bool, photo: Path):
+    """Features are no logits."""
+    model = vit(num_classes=0)
+    model.classes = ()
+    if foreign:
+        timm = pytest.importorskip("timm")
+        shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+        model = timm.models.vision_transformer.VisionTransformer(**shape)
+    visualizer = AttentionVisualizer(model, preprocess=Preprocess(img_size=(32, 32)), device="cpu")
+    assert titles(visualizer.rollout(photo))[0] == "image"
+    assert visualizer.generate_attention_maps(photo).caption == "image"
+
+
+def test_a_network_whose_output_is_no_tensor_has_its_pictures(model: Backbone, visualizer, photo: Path, monkeypatch):
+    found = METHODS["rollout"]
+    monkeypatch.setitem(METHODS, "rollout", lambda *given: found(*given)._replace(output={"logits": None}))
+    assert visualizer.explain(photo).caption == "image"
 
 
 # ---- models of every kind
@@ -323,6 +375,14 @@ def test_the_model_is_left_as_it_was(photo: Path):
     assert not any(part._forward_hooks for part in model.modules())
 
 
-def test_an_image_is_cut_as_the_network_sees_it(visualizer, tmp_path: Path):
+def test_an_image_is_cut_as_the_network_sees_it(visualizer, tmp_path: Path, monkeypatch):
     Image.linear_gradient("L").resize((120, 60)).save(tmp_path / "wide.png")
-    assert visualizer.generate_attention_maps(tmp_path / "wide.png").picture.shape == (3, 32, 32)
+    maps = visualizer.generate_attention_maps(tmp_path / "wide.png")
+    assert maps.picture.shape == (3, 32, 32)
+    said = f"{answer(visualizer, tmp_path / 'wide.png')} (centre 60 x 60 of 60 x 120 pixels seen)"
+    assert maps.caption == said
+    assert titles(visualizer.visualize_attention(tmp_path / "wide.png"))[0] == said
+    shown: list[AttentionMaps] = []
+    monkeypatch.setattr(visualizer, "plot_attention_maps", lambda maps, path: shown.append(maps))
+    visualizer.save(tmp_path / "wide.png", tmp_path, method="attention", heads="all")
+    assert [maps.caption for maps in shown] == [said] * DEPTH

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitrail.draw.pages import training_report, write_page
-from vitrail.draw.runs import Example, RunReport
+from vitrail.draw.runs import Example, Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.maps import explain
 from vitrail.files import write_whole
@@ -33,9 +33,11 @@ from vitrail.tasks.classify import Classify, hard_labels
 
 EXAMPLES = 6
 """right answers shown, and as many wrong ones"""
-TEST_NOTE = (
-    "The epoch that was kept is the best on the validation images; the figures are of test images that chose nothing."
-)
+FEW = 200
+"""held-out images below which one of them moves the accuracy by more than half a percent"""
+NAMED = 5
+"""classes that a note names; it counts the others"""
+TEST_NOTE = "The figures are of test images, which chose nothing."
 VAL_NOTE = (
     "The figures are of the validation images, which also chose the epoch that was kept: the data has no others. "
     "Expect a little less of new images."
@@ -98,6 +100,7 @@ def _report(task: Classify, figures: dict[str, Tensor], history: History, facts:
         date=date.today().isoformat(),
         seconds=sum(row.get("seconds", 0.0) for row in history.rows),
         history=history,
+        kept=_kept(history, task),
         split=facts.split,
         figures={name: float(value) for name, value in figures.items() if value.ndim == 0},
         precision=figures["precision"],
@@ -105,8 +108,38 @@ def _report(task: Classify, figures: dict[str, Tensor], history: History, facts:
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        notes=(TEST_NOTE if facts.split == "test" else VAL_NOTE, EXAMPLES_NOTE),
+        notes=[*_notes(facts, task.classes, held_out), EXAMPLES_NOTE],
     )
+
+
+def _kept(history: History, task: Classify) -> Kept | None:
+    """The best epoch by the task's figure, of equals the last, or the last one where that was never a number."""
+    name, mode = task.monitor
+    if any(math.isfinite(row.get(f"val_{name}", math.nan)) for row in history.rows):
+        row = history.best(f"val_{name}", mode)
+        return Kept(int(row["epoch"]), name, row[f"val_{name}"])
+    return Kept(int(history.rows[-1]["epoch"])) if history.rows else None
+
+
+def _notes(facts: RunFacts, classes: Sequence[str], held_out: Sequence[int]) -> list[str]:
+    """What to mind of the images that the figures are of."""
+    notes = [TEST_NOTE if facts.split == "test" else VAL_NOTE]
+    total = sum(held_out)
+    if total < FEW:
+        images = "There is only 1 held-out image" if total == 1 else f"There are only {total} held-out images"
+        notes.append(f"{images}: one image more or less moves the accuracy by {1 / max(total, 1):.1%}.")
+    if missing := _without(classes, held_out):
+        notes.append(f"Of some classes nothing was held out, so nobody knows how well they are told: {missing}.")
+    if facts.split == "test" and (missing := _without(classes, facts.counts.get("val", ()))):
+        notes.append(f"Of some classes no image had a say in which epoch was kept: {missing}.")
+    return notes
+
+
+def _without(classes: Sequence[str], counts: Sequence[int]) -> str:
+    """The names of the classes that have no image; the first few, and how many more."""
+    missing = [name for name, count in zip(classes, counts, strict=False) if not count]
+    more = len(missing) - NAMED
+    return ", ".join(missing[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def as_json(figures: Mapping[str, Tensor]) -> dict[str, Any]:

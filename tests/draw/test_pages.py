@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vitrail.draw.pages import training_report, write_page
-from vitrail.draw.runs import Example, RunReport
+from vitrail.draw.runs import Example, Kept, RunReport
 from vitrail.draw.style import SHEET
 from vitrail.records import Classification, Explanation, History
 
@@ -198,6 +198,33 @@ def test_a_class_without_images_or_answers_has_a_dash():
 
 def test_a_network_without_heat_is_not_said_to_have_looked():
     assert "looked" not in Page(training_report(report(examples=[example("red", "red", explanation=None)]))).text
+
+
+def sections(page: Page) -> tuple[str, str]:
+    """The words of the summary and of the curves."""
+    summary, rest = page.text.split("In short")[-1].split("How it learned")[-2:]
+    return summary, rest.split("Class by class")[0]
+
+
+@pytest.mark.parametrize(("kept", "words"), [
+    (Kept(2, "accuracy", 0.8769), "2 of 3 , the best on the validation images (accuracy 87.7%; of equals, the last)."),
+    (Kept(2, "loss", 0.8765), "2 of 3 , the best on the validation images (loss 0.8765; of equals, the last)."),
+    (Kept(3), "3 of 3 , the last one, for no validation chose another."),
+])  # fmt: skip
+def test_the_epoch_that_was_kept_is_told_twice_and_marked(kept, words):
+    history = History([{"epoch": n, "lr": 1e-3, "train_loss": 1.0, "val_accuracy": 0.8} for n in (1, 2, 3)])
+    page = Page(training_report(report(history=history, kept=kept)))
+    for section in sections(page):
+        assert f"The weights are those of epoch {words}" in section
+    charts = [chart["aria-label"] for chart in page.all("svg")[:3]]
+    assert all(label.endswith(f"; epoch {kept.epoch} was kept") for label in charts)
+    assert "The dotted upright line marks the epoch that was kept." in page.text
+    unmarked = Page(training_report(report(history=history)))
+    assert len(page.all("path")) > len(unmarked.all("path"))
+
+
+def test_of_a_run_without_epochs_none_was_kept(page):
+    assert "kept" not in page.text
 
 
 def test_one_epoch_is_one(page):

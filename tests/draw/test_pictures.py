@@ -111,27 +111,76 @@ def test_wrong_heat_and_options_are_named(heat, options, words):
         overlay(torch.rand(3, 8, 8), heat, **options)
 
 
+def titles(drawing) -> list[str]:
+    return [axes.get_title() for axes in drawing.axes if axes.get_title()]
+
+
+def shape(drawing) -> tuple[int, int]:
+    grid = drawing.axes[0].get_subplotspec().get_gridspec()
+    return grid.nrows, grid.ncols
+
+
 def test_a_head_grid_numbers_every_head():
-    titles = [axes.get_title() for axes in head_grid(RAMP, torch.rand(5, 2, 2)).axes]
-    assert titles == ["image", *(f"head {i}" for i in range(5)), "", ""]
+    drawing = head_grid(RAMP, torch.rand(5, 2, 2), title="attention, layer $_{", caption="cat")
+    assert titles(drawing) == ["cat", *(f"head {i}" for i in range(5))]
+    assert drawing.get_suptitle() == "attention, layer $_{"
+    assert titles(head_grid(RAMP, torch.rand(3, 2, 2), columns=2)) == ["image", "head 0", "head 1", "image", "head 2"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns"),
+    [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 4), (5, 1, 5), (6, 2, 3), (7, 2, 4), (12, 3, 4), (13, 3, 5), (16, 4, 4)],
+)
+def test_the_image_has_a_column_of_its_own_and_rows_of_heads_are_even(heads, rows, columns):
+    drawing = head_grid(RAMP, torch.rand(heads, 2, 2))
+    assert shape(drawing) == (rows, 1 + columns)
+    *panels, _ = drawing.axes
+    firsts = [axes.get_title() for axes in panels if axes.get_subplotspec().colspan.start == 0]
+    assert firsts == ["image"] * rows
+    assert titles(drawing).count("image") == rows
+
+
+@pytest.mark.parametrize("heads", range(2, 60))
+def test_no_head_stands_alone_in_a_row(heads, monkeypatch):
+    rows: list[int] = []
+    monkeypatch.setattr("vitrail.draw.pictures.layer_row", lambda *_, columns, **__: rows.append(columns))
+    head_grid(RAMP, torch.rand(heads, 2, 2))
+    assert 2 <= rows[0] <= 6
+    assert heads % rows[0] != 1
+
+
+def test_a_map_stands_over_its_lowest_and_highest_value():
+    maps = [torch.tensor([[1e-9, 0.2345]]), torch.tensor([[-61.0, 3456.0]]), torch.zeros(2, 2)]
+    drawing = layer_row(RAMP, maps, ["a", "b", "c"])
+    below = [axes.get_xlabel() for axes in drawing.axes]
+    assert below == ["", "0 … 0.23", "-100 … 3500", "0 … 0", "dark: the lowest value of a panel   light: its highest"]
+
+
+def test_the_values_stand_under_their_own_map_in_every_row():
+    drawing = layer_row(RAMP, [torch.full((1, 1), float(n)) for n in range(5)], list("abcde"), columns=2)
+    below = {axes.get_title(): axes.get_xlabel() for axes in drawing.axes if axes.get_title() not in ("", "image")}
+    assert below == {name: f"{n} … {n}" for n, name in enumerate("abcde")}
+
+
+def test_the_scale_has_the_colours_of_the_panels():
+    drawing = layer_row(RAMP, [torch.rand(2, 2)], ["a"], cmap="magma")
+    assert "magma" in {part.get_cmap().name for part in drawing.axes[-1].collections}
 
 
 def test_a_layer_row_is_one_row_and_takes_maps_of_any_size():
     drawing = layer_row(RAMP, [torch.rand(2, 2), torch.rand(7, 3)], ["layer 2", "$layer_{"])
-    assert [axes.get_title() for axes in drawing.axes] == ["image", "layer 2", "$layer_{"]
-    assert drawing.axes[0].get_subplotspec().get_gridspec().nrows == 1
+    assert titles(drawing) == ["image", "layer 2", "$layer_{"]
+    assert shape(drawing) == (1, 3)
     drawing._repr_png_()  # a caption is never read as a formula
 
 
 def test_layers_in_several_rows_each_begin_with_the_image():
     drawing = layer_row(RAMP, [torch.rand(2, 2)] * 5, list("abcde"), columns=2, caption="cat")
-    assert [axes.get_title() for axes in drawing.axes] == ["cat", "a", "b", "cat", "c", "d", "cat", "e", ""]
-    grid = drawing.axes[0].get_subplotspec().get_gridspec()
-    assert (grid.nrows, grid.ncols) == (3, 3)
+    assert titles(drawing) == ["cat", "a", "b", "cat", "c", "d", "cat", "e"]
+    assert shape(drawing) == (3, 3)
     with pytest.raises(ValueError, match="columns must be at least 1; got 0"):
         layer_row(RAMP, [torch.rand(2, 2)], ["a"], columns=0)
-    wide = layer_row(RAMP, [torch.rand(2, 2)] * 2, ["a", "b"], columns=12)
-    assert wide.axes[0].get_subplotspec().get_gridspec().ncols == 3
+    assert shape(layer_row(RAMP, [torch.rand(2, 2)] * 2, ["a", "b"], columns=12)) == (1, 3)
 
 
 def test_panels_that_do_not_fit_together_are_named():
@@ -148,8 +197,7 @@ def test_panels_that_do_not_fit_together_are_named():
 
 
 def test_a_sheet_has_rows_of_the_columns_asked_for():
-    grid = sheet([RAMP] * 5, columns=3).axes[0].get_subplotspec().get_gridspec()
-    assert (grid.nrows, grid.ncols) == (2, 3)
+    assert shape(sheet([RAMP] * 5, columns=3)) == (2, 3)
 
 
 def test_patches_are_numbered_in_reading_order_and_hold_their_pixels():

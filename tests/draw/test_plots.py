@@ -51,6 +51,13 @@ def test_learning_curves_show_every_figure_at_its_epoch():
     assert points(rate.lines[0]) == [(1, 1e-3), (2, 5e-4), (3, 1e-4)]
 
 
+def test_the_epoch_that_was_kept_is_marked_in_every_panel():
+    for axes in learning_curves(HISTORY, kept=2).axes:
+        assert points(axes.lines[-1]) == [(2, 0), (2, 1)]
+        assert axes.get_legend().get_texts()[-1].get_text() == "epoch 2, kept"
+    assert all(line.get_linestyle() != ":" for axes in learning_curves(HISTORY).axes for line in axes.lines)
+
+
 def test_a_panel_without_figures_is_left_out():
     history = History([{"epoch": 1.0, "train_loss": 1.0}])
     assert [axes.get_title(loc="left") for axes in learning_curves(history).axes] == ["Loss"]

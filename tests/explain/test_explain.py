@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -67,6 +68,10 @@ def test_all_layers_in_one_pass(pool, small_vit):
         assert_close(shown.heat, attention_map(seen)[0])
     chosen = explain_layers(model, image, "attention", layers=[3, 1], heads="all").maps
     assert [(m.layer, m.heads) for m in chosen] == [(layer, str(head)) for layer in (3, 1) for head in range(3)]
+    numbers = np.array([3, 1])
+    again = explain_layers(model, image, "attention", layers=numbers, heads=numbers[1]).maps
+    assert [(m.layer, m.heads) for m in again] == [(3, "1"), (1, "1")]
+    assert [m.layer for m in explain_layers(model, image, "attention", layers=2).maps] == [2]
     ends = explain_layers(model, image, layers=[2, 1]).maps
     assert [m.layer for m in ends] == [2, 1]
     for end in ends:
@@ -141,6 +146,16 @@ def test_explain_leaves_the_model_as_it_was(small_vit):
         ({"method": "rollout", "heads": 1}, "rollout fuses heads by mean, max or min; got 1"),
         ({"method": "attention", "discard": 0.5}, "discard belongs to rollout; got discard=0.5"),
         ({"layer": 0}, "layers must be numbers from 1"),
+        ({"layer": "a"}, "layers must be numbers from 1, or None for all; got 'a'"),
+        ({"layer": 2.0}, "layers must be numbers from 1, or None for all; got 2.0"),
+        ({"layer": [True]}, r"layers must be numbers from 1, or None for all; got \[True\]"),
+        ({"layer": [1, "2"]}, r"layers must be numbers from 1, or None for all; got \[1, '2'\]"),
+        ({"layer": []}, r"layers must be numbers from 1, or None for all; got \[\]"),
+        ({"method": "attention", "heads": True}, "all or a head's number from 0; got True"),
+        ({"method": "attention", "heads": 1.5}, "all or a head's number from 0; got 1.5"),
+        ({"method": "attention", "heads": [0, 1]}, r"all or a head's number from 0; got \[0, 1\]"),
+        ({"heads": [0, 1]}, r"rollout fuses heads by mean, max or min; got \[0, 1\]"),
+        ({"discard": "a"}, "discard is a fraction of the weights, in .0, 1.; got a"),
         ({"method": "attention", "heads": 7}, r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[7\]"),
     ],
 )
@@ -149,7 +164,9 @@ def test_explain_refuses(given, message, small_vit):
         explain(small_vit(), torch.randn(3, 32, 32), **given)
 
 
-@pytest.mark.parametrize("image", [torch.zeros(2, 3, 32, 32), torch.zeros(32, 32), torch.zeros(3, 32, 32).byte()])
+@pytest.mark.parametrize(
+    "image", [torch.zeros(2, 3, 32, 32), torch.zeros(32, 32), torch.zeros(3, 32, 32).byte(), "cat.jpg", None]
+)
 def test_explain_takes_one_prepared_image(image, small_vit):
     with pytest.raises(ValueError, match="image must be one prepared image"):
         explain(small_vit(), image)

@@ -70,6 +70,10 @@ def test_only_what_was_asked_is_kept(images, small_vit, expected_maps):
     (seen,) = record.maps
     assert (seen.layer, seen.heads, seen.queries) == (2, (2, 0), (0,))
     torch.testing.assert_close(seen.weights.double(), whole[1][:, [2, 0], :1], atol=1e-5, rtol=0)
+    with record_attention(layers=2, heads=1, queries=4) as record:
+        model(images)
+    (seen,) = record.maps
+    assert (seen.layer, seen.heads, seen.queries) == (2, (1,), (4,))
     with record_attention(heads="mean", queries=[5, 3]) as record:
         model(images)
     torch.testing.assert_close(
@@ -152,6 +156,10 @@ def test_layers_out_of_range_name_the_depth(images, small_vit):
     ("asked", "message"),
     [
         ({"layers": [0]}, r"layers must be numbers from 1, or None for all; got \[0\]"),
+        ({"layers": "2"}, "layers must be numbers from 1, or None for all; got '2'"),
+        ({"layers": [True]}, r"layers must be numbers from 1, or None for all; got \[True\]"),
+        ({"heads": 1.5}, "heads must be mean, head numbers from 0, or None for all; got 1.5"),
+        ({"queries": [0.0]}, r"queries must be class, row numbers from 0, or None for all; got \[0.0\]"),
         ({"heads": "max"}, "heads must be mean, head numbers from 0, or None for all; got 'max'"),
         ({"queries": "cls"}, "queries must be class, row numbers from 0, or None for all; got 'cls'"),
         ({"heads": 3}, r"heads must lie in 0 … 2 at layer 1, which has 3 heads; got \[3\]"),

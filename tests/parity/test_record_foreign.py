@@ -133,6 +133,48 @@ def test_timm_cait_shows_its_class_attention_too(fused):
     assert_close(attention_map(talking), talking.effective.mean((1, 2)).view(1, 4, 4))
 
 
+def rollout_of_cait(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, N): by arithmetic, the class token as row 0 of square matrices over it and all N image tokens."""
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    layers = [block.attn for block in (*model.blocks, *model.blocks_token_only)]
+    hooks = [a.register_forward_pre_hook(lambda attn, args: inputs.append((attn, args[0]))) for a in layers]
+    with torch.no_grad():
+        model(images)
+    [hook.remove() for hook in hooks]
+    count = inputs[-1][1].shape[1]
+    whole = one = torch.eye(count, dtype=torch.float64).repeat(len(images), 1, 1)
+    for attn, x in inputs:
+        by_head = (*x.shape[:2], attn.num_heads, -1)
+        flow = torch.zeros_like(one)
+        if hasattr(attn, "qkv"):  # talking heads among the image tokens
+            q, k, _ = attn.qkv(x).unflatten(-1, (3, -1)).unbind(2)
+            scores = torch.einsum("bihd,bjhd->bijh", q.reshape(by_head), k.reshape(by_head)) * attn.scale
+            flow[:, 1:, 1:] = attn.proj_w(attn.proj_l(scores).softmax(2)).mean(-1).clamp(min=0)
+            flow[:, 0, 0] = 1
+        else:  # the class token among all
+            q, k = attn.q(x[:, 0]).reshape(len(x), attn.num_heads, -1), attn.k(x).reshape(by_head)
+            flow = one.clone()
+            flow[:, 0] = (torch.einsum("bhd,bjhd->bhj", q, k) * attn.scale).softmax(-1).mean(1)
+        step = flow + one
+        whole = step / step.sum(-1, keepdim=True) @ whole
+    return whole[:, 0, 1:].detach()
+
+
+def test_timm_cait_is_rolled_out_through_its_class_attention(timm_kernel, images):
+    """The two last layers hand what the image tokens hold to the class token, which no layer before knew."""
+    given = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    model = randomised(timm.models.cait.Cait(**given)).double()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # attention that differs from place to place
+    with record_attention() as record:
+        model(images.double())
+    assert [m.weights.shape[-2:] for m in record.maps] == [(16, 16)] * 3 + [(1, 17)] * 2
+    wanted = rollout_of_cait(model, images.double()).view(2, 4, 4)
+    assert wanted.std() > 2e-3
+    assert_close(rollout_map(record.maps), wanted, atol=1e-12, rtol=0)
+    assert_close(explain(model, images[1].double()).heat, wanted[1], atol=1e-12, rtol=0)
+
+
 def test_timm_swin_is_seen_but_not_placed():
     swin = timm.models.swin_transformer.SwinTransformer(
         img_size=64, patch_size=4, embed_dim=12, depths=(2,), num_heads=(3,), window_size=4, num_classes=5

@@ -79,8 +79,19 @@ def _trained(report: RunReport) -> str:
     return (
         f"The model <b>{escape(report.model)}</b> with {report.parameters:,} parameters was trained on"
         f" {images} of <b>{escape(report.data)}</b> to tell {len(report.classes)} classes apart:"
-        f" {epochs(len(report.history))} in {duration(report.seconds)}."
+        f" {epochs(len(report.history))} in {duration(report.seconds)}.{_kept(report)}"
     )
+
+
+def _kept(report: RunReport) -> str:
+    """Which epoch's weights the figures are of, and why."""
+    if report.kept is None:
+        return ""
+    epoch, figure, value = report.kept
+    which = f" The weights are those of <b>epoch {epoch} of {len(report.history)}</b>"
+    if figure is None or value is None:
+        return f"{which}, the last one, for no validation chose another."
+    return f"{which}, the best on the validation images ({_figure_words(figure, value)}; of equals, the last)."
 
 
 def _how_good(report: RunReport) -> str:
@@ -140,15 +151,18 @@ def _tile(name: str, value: float, hint: str, mark: float | None = None) -> str:
 
 
 def _curves(report: RunReport) -> str:
+    kept = report.kept.epoch if report.kept else None
+    mark = f"<p>The dotted upright line marks the epoch that was kept.{_kept(report)}</p>" if report.kept else ""
+    told = f"; epoch {kept} was kept" if report.kept else ""
     charts = "".join(
-        figure(inline_svg(learning_curves(report.history, [panel]), alt, key=panel))
+        figure(inline_svg(learning_curves(report.history, [panel], kept=kept), alt + told, key=panel))
         for panel, alt in CHARTS.items()
         if recorded(report.history, panel)
     )
     return (
         "<p>One epoch shows the network every training image once. The loss is what training lowers. A validation loss"
         " that rises while the training loss still falls is overfitting: the network learns the images by heart.</p>"
-        f'<div class="charts">{charts}</div>'
+        f'{mark}<div class="charts">{charts}</div>'
     )
 
 

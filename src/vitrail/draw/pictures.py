@@ -3,7 +3,8 @@
     image ── to_picture ──> (H, W, 3) uint8 ──┬── overlay(heat) ──> one PIL image
     heat (h, w) ── enlarged to (H, W) ────────┘          └── sheet ──> head_grid, layer_row
 
-Every map is scaled to its own range before it is coloured, so colours compare places in one panel, not two panels.
+Every map is scaled to its own range before it is coloured, so colours compare places in one panel, not two panels; the
+range stands below the panel, and a bar says what dark and light mean.
 A model sees a resized and cropped image: give that one here, or heat and image do not lie on each other.
 
 Legend: `C` channels, `H`, `W` image height and width, `h`, `w` rows and columns of a token grid.
@@ -11,6 +12,7 @@ Legend: `C` channels, `H`, `W` image height and width, `h`, `w` rows and columns
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +20,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitrail.draw.canvas import INK, SMALL, Canvas
+from vitrail.draw.canvas import INK, MUTED, SMALL, Canvas
 from vitrail.images import AnyImage, to_pixels
 from vitrail.names import nearest
 from vitrail.records import Explanation
@@ -68,12 +71,24 @@ def overlay(
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def head_grid(image: AnyImage, maps: Tensor, *, columns: int = 4, cmap: str = "inferno") -> Canvas:
-    """The image, then one panel a head with its number (from 0). `maps` is (heads, h, w)."""
+def head_grid(
+    image: AnyImage,
+    maps: Tensor,
+    *,
+    columns: int | None = None,
+    caption: str = "image",
+    title: str = "",
+    cmap: str = "inferno",
+) -> Canvas:
+    """One panel a head with its number (from 0), in rows, the image at the head of each. `maps` is (heads, h, w).
+
+    Rows are as long as leaves the last of them fullest, unless `columns` says how many heads stand in each.
+    """
     if maps.ndim != 3 or not len(maps):
         raise ValueError(f"maps must be (heads, h, w) with at least one head; got shape {tuple(maps.shape)}")
-    picture, panels = _panels(image, list(maps), cmap)
-    return sheet([picture, *panels], ["image", *(f"head {i}" for i in range(len(maps)))], columns=columns)
+    titles = [f"head {i}" for i in range(len(maps))]
+    columns = _even(len(maps)) if columns is None else columns
+    return layer_row(image, list(maps), titles, columns=columns, caption=caption, title=title, cmap=cmap)
 
 
 def layer_row(
@@ -83,11 +98,13 @@ def layer_row(
     *,
     columns: int | None = None,
     caption: str = "image",
+    title: str = "",
     cmap: str = "inferno",
 ) -> Canvas:
-    """The image under its `caption` and one panel a map. `maps` are (h, w) each and may differ in size.
+    """The image under its `caption` and one panel a map, its lowest and highest value below it.
 
-    By default that is one row. With `columns` it is rows of so many maps, the image at the head of each.
+    `maps` are (h, w) each and may differ in size. By default that is one row. With `columns` it is rows of so many
+    maps, the image at the head of each. `title` stands over the whole.
     """
     if len(maps) != len(titles) or not maps:
         raise ValueError(f"every map needs one title; got {len(maps)} maps and {len(titles)} titles")
@@ -98,7 +115,36 @@ def layer_row(
     rows = range(0, len(maps), columns)
     pictures = [one for start in rows for one in (picture, *panels[start : start + columns])]
     captions = [one for start in rows for one in (caption, *titles[start : start + columns])]
-    return sheet(pictures, captions, columns=columns + 1)
+    drawing = sheet(pictures, captions, columns=columns + 1)
+    shown = [axes for n, axes in enumerate(drawing.axes[: len(pictures)]) if n % (columns + 1)]
+    for axes, heat in zip(shown, maps, strict=True):
+        axes.set_xlabel(_range(heat), fontsize=SMALL, color=MUTED, labelpad=3)
+    _frame(drawing, title, cmap, len(rows))
+    return drawing
+
+
+def _even(count: int) -> int:
+    """The length of rows whose last one is fullest, so that none is left with a single panel; 4 where it can be."""
+    return count if count <= 4 else min((4, 3, 5, 6), key=lambda length: -count % length / length)
+
+
+def _frame(drawing: Canvas, title: str, cmap: str, rows: int) -> None:
+    """Room for the values below `rows` of panels, for a title over them, and for the scale of colours under them."""
+    drawing.set_figheight(drawing.get_figheight() + 0.2 * rows + 0.45 + (0.3 if title else 0))
+    if title:
+        drawing.suptitle(title, fontsize=10, fontweight="bold", color=INK, parse_math=False)
+    thin = 0.12 / drawing.get_figheight()
+    colours = ScalarMappable(cmap=_colormap(cmap))
+    bar = drawing.colorbar(colours, ax=drawing.axes, location="bottom", ticks=(), aspect=30, fraction=thin, pad=0.02)
+    bar.set_label("dark: the lowest value of a panel   light: its highest", fontsize=SMALL, color=INK)
+    bar.outline.set_visible(False)
+
+
+def _range(heat: Tensor) -> str:
+    """Its lowest and highest value, to two digits of the larger one."""
+    low, high = heat.min().item(), heat.max().item()
+    digits = 2 - math.ceil(math.log10(max(abs(low), abs(high)) or 1))
+    return f"{round(low, digits):g} … {round(high, digits):g}"
 
 
 def sheet(images: Sequence[AnyImage], captions: Sequence[str] = (), *, columns: int = 4) -> Canvas:

@@ -41,10 +41,13 @@ class Confused(NamedTuple):
     """of all images of class `truth`, 0 … 1"""
 
 
-def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores", "lr")) -> Canvas:
+def learning_curves(
+    history: History, panels: Sequence[str] = ("loss", "scores", "lr"), *, kept: float | None = None
+) -> Canvas:
     """Panels side by side over the epochs: `loss` (train and validation), `scores` (accuracies), `lr` (learning rate).
 
-    A panel for which the history holds nothing is left out. Raises `ValueError` if none is left.
+    An upright line marks the epoch whose weights were `kept`. A panel for which the history holds nothing is left out.
+    Raises `ValueError` if none is left.
     """
     unknown = [panel for panel in panels if panel not in PANELS]
     if unknown:
@@ -54,7 +57,7 @@ def learning_curves(history: History, panels: Sequence[str] = ("loss", "scores",
         raise ValueError(f"the history must hold figures for {', '.join(panels)}; got {len(history)} epochs without")
     drawing = Canvas(3.7 * len(present), 2.8)
     for axes, name in zip(drawing.subplots(1, len(present), squeeze=False).flat, present, strict=True):
-        PANELS[name].draw(axes, history)
+        PANELS[name].draw(axes, history, kept)
     return drawing
 
 
@@ -144,7 +147,7 @@ class _Panel(NamedTuple):
     lines: dict[str, _Line]
     finish: Callable[[Axes], None]
 
-    def draw(self, axes: Axes, history: History) -> None:
+    def draw(self, axes: Axes, history: History, kept: float | None) -> None:
         dress(axes, self.title, "epoch")
         shown = [name for name in self.lines if any(name in row for row in history.rows)]
         for name in shown:
@@ -154,7 +157,9 @@ class _Panel(NamedTuple):
             axes.plot(epochs, values, style + marker, color=colour, label=label, linewidth=1.6, markersize=3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         self.finish(axes)
-        if len(shown) > 1:
+        if kept is not None:
+            axes.axvline(kept, color=INK, linestyle=":", linewidth=1, label=f"epoch {kept:.0f}, kept")
+        if len(shown) > 1 or kept is not None:
             axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +34,15 @@ class Example:
         return self.answer.label == self.truth
 
 
+class Kept(NamedTuple):
+    """The epoch whose weights the model has."""
+
+    epoch: int
+    figure: str | None = None
+    """the validation figure that it is the best in, such as `accuracy`; None where it is only the last epoch"""
+    value: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """All that a page says of a run. Figures are of the held-out split and stand as given: nothing is recomputed."""
@@ -53,6 +63,7 @@ class RunReport:
     seconds: float
     """of training"""
     history: History
+    kept: Kept | None = None
     split: str
     """the held-out split that the figures are of"""
     figures: Mapping[str, float]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 from torch import Tensor
 
 from vitrail.layers.attention import Layout
+from vitrail.names import shortened
 
+Layers = int | Sequence[int] | None
 Heads = Literal["mean"] | int | Sequence[int] | None
-Queries = Literal["class"] | Sequence[int] | None
+Queries = Literal["class"] | int | Sequence[int] | None
 
 
 class CannotExplainError(ValueError):
@@ -27,6 +30,23 @@ def readout_rows(layout: Layout) -> tuple[int, ...] | None:
     if layout.readout is None and layout.prefix < 2:
         return (0,) if layout.prefix else ()
     return layout.readout
+
+
+def whole_numbers(given: Any) -> tuple[int, ...]:
+    """One whole number, or several, as a tuple; an empty one where anything else is among them."""
+    values = tuple(given) if isinstance(given, Iterable) else (given,)
+    whole = all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+    return tuple(map(int, values)) if whole else ()
+
+
+def layer_numbers(layers: Layers) -> tuple[int, ...] | None:
+    """None is all. Raises `ValueError` for what is no number from 1."""
+    if layers is None:
+        return None
+    numbers = whole_numbers(layers)
+    if min(numbers, default=0) < 1:
+        raise ValueError(f"layers must be numbers from 1, or None for all; got {shortened(layers)}")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -56,16 +76,14 @@ class Part:
 class Choice:
     """Which layers, heads and queries the user asked for."""
 
-    def __init__(self, layers: Sequence[int] | None, heads: Heads, queries: Queries) -> None:
-        self.layers = None if layers is None else tuple(layers)
-        self.heads = (heads,) if isinstance(heads, int) else heads if isinstance(heads, str | None) else tuple(heads)
-        self.queries = queries if isinstance(queries, str | None) else tuple(queries)
-        if self.layers is not None and (not self.layers or min(self.layers) < 1):
-            raise ValueError(f"layers must be numbers from 1, or None for all; got {list(self.layers)}")
-        if self.heads == () or (isinstance(self.heads, str) and self.heads != "mean"):
-            raise ValueError(f"heads must be mean, head numbers from 0, or None for all; got {heads!r}")
-        if self.queries == () or (isinstance(self.queries, str) and self.queries != "class"):
-            raise ValueError(f"queries must be class, row numbers from 0, or None for all; got {queries!r}")
+    def __init__(self, layers: Layers, heads: Heads, queries: Queries) -> None:
+        self.layers = layer_numbers(layers)
+        self.heads = heads if heads is None or heads == "mean" else whole_numbers(heads)
+        self.queries = queries if queries is None or queries == "class" else whole_numbers(queries)
+        if self.heads == ():
+            raise ValueError(f"heads must be mean, head numbers from 0, or None for all; got {shortened(heads)}")
+        if self.queries == ():
+            raise ValueError(f"queries must be class, row numbers from 0, or None for all; got {shortened(queries)}")
 
     def layer(self, number: int) -> bool:
         return self.layers is None or number in self.layers

@@ -12,7 +12,7 @@ Legend: `B` batch, `W` windows, `H` heads, `Q` queries, `K` keys, `N` tokens, `P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Literal, NamedTuple, cast
 
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.explain.chain import check_chain, check_tail, keys, queries
-from vitrail.explain.choice import Heads, readout_rows
+from vitrail.explain.choice import Heads, Layers, layer_numbers, readout_rows, whole_numbers
 from vitrail.explain.places import Query, chosen_rows, known_layout, on_image
 from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.layers.modes import evaluating
-from vitrail.names import check_choice, nearest
+from vitrail.names import check_choice, nearest, shortened
 from vitrail.records import Explanation
 
 FusionName = Literal["mean", "max", "min"]
@@ -83,7 +83,7 @@ def rollout(maps: Sequence[AttentionMap], fusion: FusionName = "mean", discard: 
     Raises `ValueError` for maps recorded in part or not one after the other, and `CannotExplainError` for those whose
     product means nothing: windowed, with reduced keys, or of other tokens than the layer before.
     """
-    if not 0 <= discard < 1:
+    if not isinstance(discard, int | float) or not 0 <= discard < 1:
         raise ValueError(f"discard is a fraction of the weights, in [0, 1); got {discard}")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be {', '.join(FUSIONS)}; got {fusion!r}: {nearest(str(fusion), FUSIONS, 1)[0]}?")
@@ -130,26 +130,25 @@ def explain_layers(
     image: Tensor,
     method: str = "rollout",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     heads: FusionName | Literal["all"] | int = "mean",
     discard: float = 0.0,
 ) -> Explained:
     """Explains one prepared image, (C, H, W) or (1, C, H, W) float, by one of `METHODS`. The model runs in eval mode.
 
     Args:
-        layers: counted from 1, in the order in which maps are wanted. "attention" shows each, by default all that can
-            be laid on the image; "rollout" ends at each, by default at the last only.
+        layers: one or several, counted from 1, in the order in which maps are wanted. "attention" shows each, by
+            default all that can be laid on the image; "rollout" ends at each, by default at the last only.
         heads: how heads are fused, or, for "attention", the number of one head from 0, or "all" for a map of each.
         discard: the fraction of the smallest weights that "rollout" leaves out.
 
     Raises `ValueError` for an unknown method (naming the nearest), layer or head, and for an image of another kind.
     """
     check_choice("method", method, METHODS)
-    if layers is not None and min(layers, default=0) < 1:
-        raise ValueError(f"layers must be numbers from 1, or None for all; got {list(layers)}")
+    asked = Request(layer_numbers(layers), heads, discard)
     batch = _one_image(image)
     with evaluating(model):
-        return METHODS[method](model, batch, Request(None if layers is None else tuple(layers), heads, discard))
+        return METHODS[method](model, batch, asked)
 
 
 def explain(
@@ -166,8 +165,7 @@ def explain(
     By default that is the last layer (for "attention", the last that can be laid on the image). Raises what
     `explain_layers` raises.
     """
-    layers = None if layer is None else (layer,)
-    return explain_layers(model, image, method, layers=layers, heads=heads, discard=discard).maps[-1]
+    return explain_layers(model, image, method, layers=layer, heads=heads, discard=discard).maps[-1]
 
 
 def attention_depth(model: nn.Module, image: Tensor) -> int:
@@ -274,9 +272,10 @@ class Request(NamedTuple):
 
 
 def _by_rollout(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
-    if asked.heads not in FUSIONS:
+    if not isinstance(asked.heads, str) or asked.heads not in FUSIONS:
         raise ValueError(
-            f"rollout fuses heads by mean, max or min; got {asked.heads!r}: single heads are for method attention"
+            f"rollout fuses heads by mean, max or min; got {shortened(asked.heads)}: "
+            "single heads are for method attention"
         )
     fusion = cast(FusionName, asked.heads)
     below = None if asked.layers is None else range(1, max(asked.layers, default=0) + 1)
@@ -289,12 +288,14 @@ def _by_rollout(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
 
 
 def _by_attention(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
-    heads, discard = asked.heads, asked.discard
-    if discard:
-        raise ValueError(f"discard belongs to rollout; got discard={discard} with method='attention'")
-    if isinstance(heads, str) and heads not in (*FUSIONS, "all"):
-        raise ValueError(f"heads must be {', '.join(FUSIONS)}, all or head numbers from 0; got {heads!r}")
-    kept: Heads = heads if isinstance(heads, int) else "mean" if heads == "mean" else None
+    if asked.discard:
+        raise ValueError(f"discard belongs to rollout; got discard={asked.discard} with method='attention'")
+    number = () if isinstance(asked.heads, Iterable) else whole_numbers(asked.heads)
+    if not number and (not isinstance(asked.heads, str) or asked.heads not in (*FUSIONS, "all")):
+        got = shortened(asked.heads)
+        raise ValueError(f"heads must be {', '.join(FUSIONS)}, all or a head's number from 0; got {got}")
+    heads = number[0] if number else asked.heads
+    kept: Heads = number or ("mean" if heads == "mean" else None)
     with record_attention(asked.layers, kept, "class") as record:
         output = model(batch)
     by_layer = {seen.layer: seen for seen in record.maps}
@@ -320,11 +321,12 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Request], Explained]] = {
 
 
 def _one_image(image: Tensor) -> Tensor:
-    if image.ndim == 3:
-        image = image[None]
-    if image.ndim != 4 or image.shape[0] != 1 or not image.is_floating_point():
-        raise ValueError(
-            "image must be one prepared image, (C, H, W) or (1, C, H, W) in a floating type; got "
-            f"{tuple(image.shape)} {image.dtype}: prepare it with the model's preprocess"
-        )
-    return image
+    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4):
+        batch = image[None] if image.ndim == 3 else image
+        if len(batch) == 1:
+            return batch
+    got = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else shortened(image)
+    raise ValueError(
+        "image must be one prepared image, (C, H, W) or (1, C, H, W) in a floating type; got "
+        f"{got}: prepare it with the model's preprocess"
+    )

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitrail.explain.calls import CALLS, fold, pick
-from vitrail.explain.choice import CannotExplainError, Choice, Heads, Part, Queries, no_class_rows
+from vitrail.explain.choice import CannotExplainError, Choice, Heads, Layers, Part, Queries, no_class_rows
 from vitrail.layers.attention import Layout
 
 MAX_PREFIX = 8  # class, distillation and register tokens of any published model
@@ -100,7 +100,7 @@ class AttentionRecord:
 
 @contextmanager
 def record_attention(
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     heads: Heads = None,
     queries: Queries = None,
     grad: bool = False,
@@ -111,7 +111,7 @@ def record_attention(
     """Records the attention of whatever model runs inside the `with`, one forward pass, in this thread.
 
     Args:
-        layers: which layers, counted from 1; None is all. A second forward pass would count on.
+        layers: which layers, one number or several, from 1; None is all. A second forward pass would count on.
         heads: head numbers from 0, one number, or "mean"; None keeps all.
         queries: "class", row numbers from 0, or None for all. Only these are computed. "class" is what the head reads:
             the class token's row, those of two such tokens, or, where it reads the mean, all image tokens'. Layers
