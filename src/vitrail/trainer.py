@@ -35,6 +35,7 @@ from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
+from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import fit, refuse_start
 from vitrail.train.resume import Loader
@@ -59,14 +60,24 @@ def run_training(config: TrainConfig, *, resume: bool = False) -> History:
     With `resume` the folder's last checkpoint is gone on with, and no image that was held out is trained on: parts that
     were drawn stay, new images are trained on. The demo's recipe replaces its own former run. Raises `ValueError` as
     `fit` does, for a model that lacks what `config` asks of it, for held-out images that are gone, naming them, and for
-    parts of the data that the processes cannot share. The logger `vitrail` is told of settings that do nothing here.
+    parts of the data that the processes cannot share, or a folder in which another process trains. The logger
+    `vitrail` is told of settings that do nothing here.
     """
     out = Path(config.out)
-    if not resume and config == demo_config(config.out):
-        _clear_demo(out)
-    refuse_start(out, resume)  # before anything is read or written
     check_workers(config.workers)
     resolve_name(config.model)
+    demo = not resume and config == demo_config(config.out)
+    if not demo:
+        refuse_start(out, resume)
+    with claimed(out):  # before anything is read or written
+        if demo:
+            _clear_demo(out)
+        refuse_start(out, resume)
+        return _run(config, out, resume)
+
+
+def _run(config: TrainConfig, out: Path, resume: bool) -> History:
+    """The run in a folder that is nobody else's."""
     former = _read_record(out / "splits.json") if resume else None
     splits = _splits_again(config, former) if former else load_splits(config)
     if former and list(splits.classes) != former["classes"]:
@@ -140,7 +151,7 @@ def _check_shares(splits: Splits, config: TrainConfig) -> None:
 
 def _clear_demo(out: Path) -> None:
     """Removes a former run of the demo. Raises `ValueError` for a folder that holds anything else."""
-    held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    held = sorted(path.name for path in out.iterdir() if path.name not in CLAIM) if out.is_dir() else []
     if not held:
         return
     if not _is_demo(out) or set(held) - set(RUN):

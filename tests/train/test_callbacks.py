@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from vitrail.records import History
-from vitrail.train.callbacks import StopOnSignal, TensorBoardLog
+from vitrail.train.callbacks import StopOnSignal, TensorBoardLog, handlers_kept
 
 MAIN = SimpleNamespace(is_global_zero=True)
 
@@ -41,7 +41,7 @@ def handlers(monkeypatch):
 
 def test_a_handler_that_python_does_not_know_is_left_alone(handlers):
     before, stop = dict(handlers), StopOnSignal(None)
-    stop.on_train_start(None, None)
-    assert handlers == before | {signal.SIGINT: stop._heard}
-    stop.teardown(None, None, "fit")
+    with handlers_kept():
+        stop.on_train_start(None, None)
+        assert handlers == before | {signal.SIGINT: stop._heard}
     assert handlers == before

@@ -60,7 +60,8 @@ def test_nothing_is_left_behind_and_the_same_process_may_claim_twice(tmp_path):
     with claimed(tmp_path / "run"), claimed(tmp_path / "run"):
         names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {".lock", ".lock.holder"}
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # a folder that was made for nothing is gone too
+    (tmp_path / "run").mkdir()
     with pytest.raises(RuntimeError), claimed(tmp_path / "run"):
         raise RuntimeError
     assert list((tmp_path / "run").iterdir()) == []

@@ -160,12 +160,30 @@ def test_a_run_can_be_made_longer(train, tmp_path):
     assert train(out=tmp_path, resume=True, epochs=2)["epoch"] == [1, 2]
 
 
+@pytest.mark.fault(43)
 def test_sigterm_has_its_exit_code(train, tmp_path):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as stopped:
         train(out=tmp_path, hook=signal_at(3, signal.SIGTERM))
     assert stopped.value.exit_code == 143
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_handlers_of_signals_are_afterwards_what_they_were(train, tmp_path, monkeypatch):
+    """After a run that ended well, one that was stopped and one that failed; Lightning has a handler of its own."""
+
+    def mine(*_):
+        raise AssertionError("nobody sent a signal")
+
+    before = [signal.signal(number, mine) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        train(epochs=1)
+        with pytest.raises(Interrupted):
+            train(out=tmp_path, hook=signal_at(3))
+        with pytest.raises(ZeroDivisionError):
+            train(hook=lambda number: 1 / 0)
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == [mine, mine]
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_in_the_last_batch_begins_no_other_epoch(train, tmp_path):
@@ -204,7 +222,7 @@ def test_loader_workers_leave_ctrl_c_to_the_main_process(images):
     loader = make_loader(images[0], batch_size=8, train=False, workers=1)
     batches = iter(loader)
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGINT)
+    os.kill(loader._iterator._workers[0].pid, signal.SIGINT)
     assert sum(len(batch["label"]) for batch in batches) == 52
 
 

@@ -1,7 +1,7 @@
 """A loader that says which worker died or hangs, and over which image, where torch says a process number or nothing.
 
-    worker ── writes the image it begins with ──> board (shared memory)          main process ── a batch is missing?
-                                                       └──────────────── reads ─────────────────────┘
+worker ── writes the image it begins with ──> board (shared memory)          main process ── a batch is missing?
+                                                   └──────────────── reads ─────────────────────┘
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class WatchedLoader(DataLoader[Batch]):
 
 
 def _is_gone(worker: Any) -> bool:
-    worker.join(GRACE)
+    with suppress(RuntimeError):  # torch raises it wherever the program is when the system tells of a dead child
+        worker.join(GRACE)
     return not worker.is_alive()
 
 

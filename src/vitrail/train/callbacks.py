@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from vitrail.train.history import HistoryLog
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGREE_EVERY = 20
 """optimiser steps between two agreements of all processes on whether one of them got a signal"""
 
@@ -61,21 +64,17 @@ class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM end the run after the running optimiser step or validation, once `last.ckpt` is written.
 
     A second signal ends it at once, with the previous `last.ckpt`. Only the main thread can listen, and only to signals
-    whose handler Python knows, since it is put back at the end. Whoever runs the trainer calls `heed` afterwards, for
+    whose handler Python knows. Whoever runs the trainer does so within `handlers_kept` and calls `heed` afterwards, for
     what came after the last epoch.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            ours = [number for number in self.SIGNALS if signal.getsignal(number) is not None]  # else none to restore
-            self._previous = {number: signal.signal(number, self._heard) for number in ours}
+        for number in _handlers():
+            signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -106,16 +105,24 @@ class StopOnSignal(Callback):
             return heard
         return steps % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """The handlers of Ctrl-C and SIGTERM are afterwards what they were: ours go, and those that Lightning leaves."""
+    before = _handlers()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-        self._previous = {}
+
+
+def _handlers() -> dict[int, Any]:
+    """Those that may be replaced: in the main thread, and where Python knows what to put back."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    known = {number: signal.getsignal(number) for number in SIGNALS}
+    return {number: handler for number, handler in known.items() if handler is not None}
 
 
 class TensorBoardLog(Callback):

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 from vitrail.files import sweep
 from vitrail.processes import is_first
 
-LOCK, HOLDER = ".lock", ".lock.holder"
+LOCK, HOLDER = CLAIM = (".lock", ".lock.holder")
+"""what a claim holds while it stands"""
 
 
 class FolderInUse(ValueError):
@@ -30,6 +31,7 @@ def claimed(folder: Path | None) -> Iterator[None]:
     if folder is None or not is_first():
         yield
         return
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / LOCK, timeout=0, is_singleton=True), folder / HOLDER
     try:
@@ -49,6 +51,8 @@ def claimed(folder: Path | None) -> Iterator[None]:
             holder.unlink(missing_ok=True)
             (folder / LOCK).unlink(missing_ok=True)
         lock.release()
+        if made and not any(folder.iterdir()):  # refused before anything was written
+            folder.rmdir()
 
 
 def _read(holder: Path) -> str:

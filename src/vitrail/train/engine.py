@@ -29,7 +29,7 @@ from vitrail.names import require
 from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
-from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog
+from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, handlers_kept
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
@@ -131,7 +131,7 @@ def _fit(
     trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, train_loader)
-    with _quiet(), same_kernels(config.deterministic), _own_randomness(device):
+    with _quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(device):
         try:
             _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
             stop.heed(trainer)
