@@ -133,6 +133,7 @@ def test_a_killed_run_goes_on_bit_for_bit(workers, start, undisturbed, tmp_path)
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.fault(42)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -141,6 +142,7 @@ def test_twenty_of_twenty_kills(setting, workers, start, undisturbed, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_a_hundred_of_a_hundred_kills(start, undisturbed, tmp_path):
     check(MORE, "all", 0, start, undisturbed, tmp_path)
 
