@@ -67,8 +67,10 @@ def pooling(request: pytest.FixtureRequest) -> Any:
 
 
 def images(model: Backbone, batch: int = 2, factor: float = 1.0) -> Tensor:
-    height, width = model.preprocess.img_size
-    shape = (batch, model.preprocess.in_chans, int(height * factor), int(width * factor))
+    """At `factor` times the row's own size, or the next smaller one that divides into its cells."""
+    cell = int(model.feature_info[-1].reduction)
+    height, width = (int(side * factor) // cell * cell for side in model.preprocess.img_size)
+    shape = (batch, model.preprocess.in_chans, height, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
