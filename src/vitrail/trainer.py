@@ -92,6 +92,7 @@ def _run(config: TrainConfig, out: Path, resume: bool) -> History:
     task = Classify(model, config.label_smoothing)
     train = make_loader(
         splits.train, batch_size=config.batch_size, train=True, seed=config.seed, workers=config.workers,
+        timeout=config.worker_timeout,
         transform=train_transform(model.preprocess, config),
     )  # fmt: skip
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
@@ -208,6 +209,7 @@ def eval_loader(images: ImageSet, model: Backbone, config: DataConfig) -> DataLo
     """One pass over images, as the model's preprocessing wants them."""
     return make_loader(
         images, batch_size=config.batch_size, train=False, seed=config.seed, workers=config.workers,
+        timeout=config.worker_timeout,
         transform=eval_transform(model.preprocess),
     )  # fmt: skip
 

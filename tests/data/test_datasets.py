@@ -12,7 +12,7 @@ import torch
 
 from vitrail.data.datasets import DataConfig, DataError, image_folder, load_splits, say_few
 from vitrail.data.imagesets import FileSet, TensorSet
-from vitrail.images import ImageError, UnequalSizesError
+from vitrail.images import ImageError, UnequalSizesError, read_image
 
 
 def config(root, data="folder", **changes):
@@ -111,6 +111,24 @@ def test_an_odd_size_that_the_probe_missed_is_no_error(make_folder, write_image)
     assert isinstance(image_folder(root), FileSet)
 
 
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_odd_and_equal_names(make_folder, write_image, in_memory):
+    """Two images of one name in two classes stay two; no name of a file or a class is too odd to be read."""
+    root = make_folder("Kätzchen 猫", " two  words ", count=9)
+    for n, name in enumerate(("Äpfel 猫.png", " blank .png", "two\nlines.png", "a,b;c'd\".png", "000.bmp")):
+        write_image(root / "Kätzchen 猫" / name, value=200 + n)
+    splits = load_splits(config(root, val_fraction=0.2, in_memory=in_memory))
+    parts = (splits.train, splits.val, splits.test)
+    ids = [name for part in parts for name in part.ids]
+    assert len(ids) == len(set(ids)) == 23 and "Kätzchen 猫/two\nlines.png" in ids
+    assert splits.classes == (" two  words ", "Kätzchen 猫")
+    assert json.loads(json.dumps(splits.record()))["drawn"]["val"] == splits.val.ids
+    for part in parts:
+        for row, name in enumerate(part.ids):
+            assert torch.equal(part.image(row), read_image(root / name))
+
+
 def test_hidden_and_other_files_are_passed_over(make_folder, write_image):
     root = make_folder("cat", "dog")
     (root / "cat/notes.txt").write_text("x")
@@ -151,6 +169,7 @@ def test_a_small_part_that_the_data_names_is_told(make_folder, caplog):
     ]
 
 
+@pytest.mark.fault(19)
 def test_an_unreadable_image_is_named(make_folder):
     root = make_folder("cat", "dog")
     (root / "dog/001.png").write_bytes(b"no")
@@ -226,6 +245,7 @@ def test_a_wrong_path_names_the_nearest(tmp_path):
         load_splits(config(tmp_path / "birds/x"))
 
 
+@pytest.mark.fault(34)
 def test_folders_that_are_no_data_set(make_folder, tmp_path):
     root = make_folder(
         "one/cat", "parts/val/cat", "parts/val/dog", "clash/train/cat", "clash/train/dog", "clash/val/cow"
@@ -246,6 +266,7 @@ def test_folders_that_are_no_data_set(make_folder, tmp_path):
         load_splits(config(root / "one"))
 
 
+@pytest.mark.fault(34)
 def test_too_few_images_to_draw_from(make_folder):
     with pytest.raises(DataError, match="too few images of every class"):
         load_splits(config(make_folder("cat", "dog", count=2)))
@@ -261,6 +282,8 @@ def test_too_few_images_to_draw_from(make_folder):
         ({"data": "folder:"}, "--data folder:PATH must name a folder; got nothing after folder:: say folder:photos"),
         ({"batch_size": 0}, "--batch-size must be at least 1; got 0"),
         ({"workers": -1}, "--workers must be at least 0"),
+        ({"worker_timeout": -1}, "--worker-timeout must lie in 0 to 86400, a day; got -1"),
+        ({"worker_timeout": math.inf}, "--worker-timeout must lie in 0 to 86400, a day; got inf"),
         ({"seed": -1}, r"--seed must lie in 0 to 2\*\*63 - 1; got -1"),
         ({"img_size": 0}, "--img-size must be at least 1"),
         ({"val_fraction": 0.5}, "--val-fraction must lie between 0 and 0.5"),

@@ -13,6 +13,7 @@ from vitrail.train.checkpoint import WholeFiles, best_whole, damage, newest_whol
 STATE = {"state_dict": {"w": torch.ones(2)}, "history": {}, "told": {}}
 
 
+@pytest.mark.fault(13)
 def test_a_checkpoint_is_written_whole(tmp_path, monkeypatch):
     path, files = tmp_path / "last.ckpt", WholeFiles()
     files.save_checkpoint(STATE, path)
@@ -84,6 +85,7 @@ def test_a_flipped_byte_is_found_or_harmless(kept):
     assert found > 4000 / 13  # the weights alone
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(("bad", "good"), [
     ((), "last"), (("last",), "previous"), (("last", "previous"), "best"), (("last", "previous", "best"), "epoch_001"),
 ])  # fmt: skip
@@ -97,6 +99,7 @@ def test_the_newest_whole_one_is_gone_on_from_naming_both(bad, good, kept, caplo
         assert f"going on from {good}.ckpt" in message
 
 
+@pytest.mark.fault(15)
 def test_no_whole_one_is_an_error_that_names_all(kept):
     for path in kept.iterdir():
         spoil(path, 0.5)

@@ -41,12 +41,14 @@ def _until(true, seconds=10.0):
         time.sleep(0.01)
 
 
+@pytest.mark.fault(46)
 def test_a_second_process_is_refused_and_told_whose_it_is(holder, tmp_path):
     words = rf"run is in use by process {holder.pid} on \S+: wait for it, stop it, or"
     with pytest.raises(FolderInUse, match=words), claimed(tmp_path / "run"):
         raise AssertionError("both are in")
 
 
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_claim_of_a_process_that_died_is_none(number, holder, tmp_path):
     os.kill(holder.pid, number)
@@ -83,6 +85,7 @@ def test_only_the_first_of_several_processes_claims(holder, tmp_path, monkeypatc
         pass
 
 
+@pytest.mark.fault(46)
 def test_fit_refuses_a_folder_that_is_in_use(holder, make_task, images, tmp_path):
     begun = []
     with pytest.raises(FolderInUse, match="is in use by process"):
@@ -97,6 +100,7 @@ def test_without_a_folder_nothing_is_claimed(tmp_path):
         pass
 
 
+@pytest.mark.fault(14)
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".model.1a2b.new").mkdir()

@@ -37,6 +37,7 @@ def test_the_recurrence(started):
     torch.testing.assert_close(ema.averages, expected)
 
 
+@pytest.mark.fault(48)
 def test_before_the_first_update_nothing_is_swapped(started):
     task, ema = started
     move(task)

@@ -122,6 +122,7 @@ def test_nothing_of_lightning_is_heard(train, capfd):
     assert logging.getLogger("lightning.pytorch").level != logging.WARNING
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("every", [1, 20])
 def test_a_loss_that_is_not_finite_stops_the_run(every, train, make_task, tmp_path, monkeypatch):
     """On the CPU before the update; where losses are read in bunches, before anything is kept."""
@@ -141,6 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(every, train, make_task, tmp_pa
 _METER = engine.LossMeter
 
 
+@pytest.mark.fault(40)
 def test_on_the_cpu_a_bad_loss_never_reaches_the_weights(make_task, fingerprint):
     task = make_task()
     before, loader = fingerprint(task), [(torch.full((2, 3, 8, 8), float("nan")), torch.tensor([0, 1]))]
@@ -149,6 +151,7 @@ def test_on_the_cpu_a_bad_loss_never_reaches_the_weights(make_task, fingerprint)
     assert fingerprint(task) == before
 
 
+@pytest.mark.fault(40)
 def test_weights_that_are_not_finite_are_never_kept(train, make_task, tmp_path):
     task = make_task()
 
@@ -317,6 +320,7 @@ def test_on_a_gpu(precision, train, make_task, tmp_path):
     assert task.device.type == "cpu"
 
 
+@pytest.mark.fault(30)
 def test_a_bad_label_names_its_image(make_task):
     with pytest.raises(ValueError, match="image 1 of the batch has 7"):
         fit(make_task(), [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 7]))], None, TrainConfig(device="cpu"))
@@ -340,6 +344,7 @@ def test_what_a_killed_run_left_is_removed(train, tmp_path):
     assert not stray.exists()
 
 
+@pytest.mark.fault(13)
 def test_a_full_disk_leaves_the_previous_checkpoint(train, make_task, tmp_path, monkeypatch):
     train(out=tmp_path, epochs=1)
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()

@@ -45,6 +45,7 @@ def recipe(**changes):
     return TrainConfig(**({"epochs": 1, "lr": 1e-2, "device": "cpu"} | changes))
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_to_stop_names_step_rate_samples_and_layer(value, make_task, fingerprint):
     task, seen = make_task(), []
@@ -59,6 +60,7 @@ def test_to_stop_names_step_rate_samples_and_layer(value, make_task, fingerprint
     assert fingerprint(task) == seen[3]
 
 
+@pytest.mark.fault(40)
 def test_a_skipped_step_is_as_if_it_had_not_been(make_task, tmp_path):
     """Weights and moments stay; what counts is that later steps go on from there, and the history says so."""
     task, states = make_task(), []
@@ -77,6 +79,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(make_task, tmp_path):
         assert next(csv.DictReader(file))["skipped_steps"] == "1"
 
 
+@pytest.mark.fault(40)
 def test_one_step_too_many_ends_the_run(make_task):
     loader = [batches(0, math.nan)[0]] * 3
     with pytest.raises(NonFiniteLoss, match=r"got one of backbone\.head\.bias that is not, .*, batch 3.* after 2 st"):
@@ -85,6 +88,7 @@ def test_one_step_too_many_ends_the_run(make_task):
     assert (history["skipped_steps"], history["train_loss"]) == ([3], [0.0])
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("clip", [0, 1.0])
 def test_a_gradient_alone_may_be_the_bad_one(clip, make_task, fingerprint):
     """The loss is finite, the gradient is not: clipping would spread it to every weight."""
@@ -101,6 +105,7 @@ def test_a_gradient_alone_may_be_the_bad_one(clip, make_task, fingerprint):
     assert fingerprint(task) == before[2]
 
 
+@pytest.mark.fault(40)
 def test_the_count_goes_on_after_a_resume(train, make_task, tmp_path):
     def poison(number):
         if number in (3, 11):

@@ -48,6 +48,7 @@ def undisturbed(undisturbed_cache, train, make_task, fingerprint, tmp_path):
     return undisturbed_cache["found"]
 
 
+@pytest.mark.fault(42, 43)
 # eight batches an epoch, two a step
 @pytest.mark.parametrize(("stop", "workers"), [(0, 0), (5, 0), (6, 0), (7, 0), (8, 0), (13, 0), (23, 0), (5, 2)])
 def test_a_resumed_run_is_bit_identical(stop, workers, undisturbed, train, make_task, fingerprint, tmp_path):
@@ -101,6 +102,7 @@ def test_a_kill_between_two_files_costs_an_epoch_but_no_bit(train, make_task, fi
     assert fingerprint(again) == fingerprint(whole)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("stop", [3, 13])
 def test_a_damaged_newest_checkpoint_costs_time_but_no_bit(stop, train, make_task, fingerprint, tmp_path, caplog):
     """Within an epoch and in the next: the run goes on from the one before, and ends as it would have."""
@@ -241,6 +243,7 @@ def test_without_a_folder_nothing_is_kept(train):
         train(hook=signal_at(3))
 
 
+@pytest.mark.fault(45)
 def test_what_is_learnt_and_how_must_stay(train, make_task, tmp_path):
     train(out=tmp_path, epochs=1)
     with pytest.raises(ValueError, match="--lr was 0.01, got 0.1; --accumulate was 1, got 2: take the old values"):
@@ -248,6 +251,7 @@ def test_what_is_learnt_and_how_must_stay(train, make_task, tmp_path):
     assert TrainConfig.from_yaml(tmp_path / "config.yaml").lr == 1e-2
 
 
+@pytest.mark.fault(45)
 def test_every_field_must_stay_but_for_those_that_are_free():
     other = {"model": "x", "label_smoothing": 0.5, "precision": "bf16", "crop_scale": 0.5, "debug": True, "lr": 1e-4}
     free = {name: other.get(name, 9) for name in FREE} | {
@@ -261,6 +265,7 @@ def test_every_field_must_stay_but_for_those_that_are_free():
             refuse_changes(before, TrainConfig(**{name: value}))
 
 
+@pytest.mark.fault(48)
 def test_a_longer_schedule_is_told_of(train, tmp_path, caplog):
     train(out=tmp_path, epochs=1)
     assert "--epochs" not in caplog.text

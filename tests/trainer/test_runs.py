@@ -92,13 +92,22 @@ def wiring(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_training_is_wired_as_the_config_says(config: TrainConfig, wiring: dict[str, Any], tmp_path: Path):
     asked = replace(
-        config, out=str(tmp_path / "run"), workers=2, batch_size=3, crop="resized", crop_scale=0.3, mixup=0.4, erase=0.2
+        config,
+        out=str(tmp_path / "run"),
+        workers=2,
+        worker_timeout=7,
+        batch_size=3,
+        crop="resized",
+        crop_scale=0.3,
+        mixup=0.4,
+        erase=0.2,
     )
     with pytest.raises(Stop):
         run_training(asked)
     splits, train, val, augment = load_splits(asked), wiring["train"], wiring["val"], wiring["augment"]
     for loader, images, shuffled in ((train, splits.train, True), (val, splits.val, False)):
         assert (loader.dataset.images.ids, loader.num_workers, loader.dataset.seed) == (images.ids, 2, asked.seed)
+        assert loader.timeout == 7
         order = loader.batch_sampler
         assert (order.shuffle, order.batch_size, order.seed) == (shuffled, 3, asked.seed)
     preprocess = splits.preprocess()

@@ -25,6 +25,7 @@ PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("t
 """what the folders of a data set's parts may be called"""
 SMALL_BYTES = 2**30
 """small images, in all no more than this, are held in memory if they share a size"""
+DAY = 86_400
 MOST_SEED = 2**63 - 1
 """what torch's generators take"""
 WHAT = {
@@ -59,6 +60,8 @@ class DataConfig:
     """images a batch and device"""
     workers: int = 0
     """processes that decode images; 0 decodes in the main one, which is best for small images in memory"""
+    worker_timeout: float = 300
+    """seconds in which a batch must come from those processes; 0 waits for ever"""
     val_fraction: float = 0.05
     """share of every class set aside for validation, and for test, where the data names no such part"""
     in_memory: bool | None = None
@@ -71,6 +74,7 @@ class DataConfig:
         split_name(self.data)
         for name, least in (("batch_size", 1), ("workers", 0)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        require(0 <= self.worker_timeout <= DAY, "worker_timeout", f"lie in 0 to {DAY}, a day", self.worker_timeout)
         require(0 <= self.seed <= MOST_SEED, "seed", "lie in 0 to 2**63 - 1", self.seed)
         require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or none", self.img_size)
         require(0 < self.val_fraction < 0.5, "val_fraction", "lie between 0 and 0.5", self.val_fraction)

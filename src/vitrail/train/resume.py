@@ -28,7 +28,7 @@ from vitrail.train.config import TrainConfig
 
 LOG = logging.getLogger("vitrail")
 FREE = frozenset({
-    "out", "data_dir", "download", "in_memory", "workers", "device", "deterministic",
+    "out", "data_dir", "download", "in_memory", "workers", "worker_timeout", "device", "deterministic",
     "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan",
 })  # fmt: skip
 """fields that a resumed run may be told anew: they decide neither what is learnt from nor how"""
