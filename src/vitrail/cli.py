@@ -28,14 +28,13 @@ from rich.table import Table
 from vitrail.flags import existing, parse
 from vitrail.images import SUFFIXES, ImageError
 from vitrail.names import closest, nearest, printable
+from vitrail.processes import is_first
 from vitrail.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from vitrail.predict import ViTClassifier
     from vitrail.records import Classification
 
-PROCESS_NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-"""where launchers say which of several processes this one is"""
 NO_MEMORY = "can't allocate memory|out of memory|not enough memory"
 """what torch says on a CPU and on an accelerator"""
 SHIPPED = "bloodcells"
@@ -296,7 +295,7 @@ def _say(line: str) -> None:
 
 def _tell(line: str) -> None:
     """What every one of several processes would say: the first one does."""
-    if all(os.environ.get(name, "0") == "0" for name in PROCESS_NUMBERS):
+    if is_first():
         _say(line)
 
 

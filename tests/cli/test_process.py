@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrail import cli, trainer
+from vitrail import cli, processes, trainer
 from vitrail.cli import COMMANDS, main
 from vitrail.train.config import TrainConfig
 
@@ -86,7 +86,7 @@ def test_what_the_package_logs_is_shown_and_nothing_stays(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("loud")
-@pytest.mark.parametrize("variable", cli.PROCESS_NUMBERS)
+@pytest.mark.parametrize("variable", processes.NUMBERS)
 def test_of_several_processes_the_first_speaks(variable: str, monkeypatch: pytest.MonkeyPatch, said: Said):
     def speak() -> None:
         warnings.warn("mind", UserWarning, stacklevel=1)
