@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help setup demo check test full docs bench clean
+.PHONY: help setup demo check test full faults docs bench clean
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
 
@@ -23,6 +23,9 @@ test: .venv/.dev  ## the tests of every change
 
 full: .venv/.dev  ## the slow tests too: every registered model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m ""
+
+faults: .venv/.dev  ## what may go wrong: every case of docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault
 
 docs: .venv/.dev  ## run every block of README.md and docs/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs

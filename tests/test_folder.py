@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,7 @@ def test_what_is_no_model_folder_says_what_it_lacks(model: Path, tmp_path: Path)
 # ---- damage
 
 
+@pytest.mark.fault(6)
 def test_one_flipped_byte_is_found(model: Path):
     for name, read in (("model.safetensors", read_weights), ("config.json", read_card)):
         data = bytearray((model / name).read_bytes())
@@ -231,6 +234,7 @@ def test_one_flipped_byte_is_found(model: Path):
             read(model)
 
 
+@pytest.mark.fault(5)
 def test_cut_weights_are_found_with_and_without_a_manifest(model: Path):
     file = model / "model.safetensors"
     whole = file.read_bytes()
@@ -245,13 +249,26 @@ def test_cut_weights_are_found_with_and_without_a_manifest(model: Path):
             read_weights(model)
 
 
-def test_a_monstrous_header_is_refused(model: Path):
-    (model / "manifest.json").unlink()
-    (model / "model.safetensors").write_bytes((10**15).to_bytes(8, "little") + b"{}")
+@pytest.mark.fault(7)
+@pytest.mark.skipif(os.name != "posix", reason="measured by `resource`")
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("stated", [10**15, 10**8, 2**64 - 1])
+def test_a_monstrous_header_is_refused_at_once(model: Path, manifest: bool, stated: int):
+    from resource import RUSAGE_SELF, getrusage  # not on every system
+
+    (model / "model.safetensors").write_bytes(stated.to_bytes(8, "little") + b"{}")
+    (model / "manifest.json").write_text(folder._manifest(model))
+    if not manifest:
+        (model / "manifest.json").unlink()
+    before, start = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(FolderError, match="not a readable safetensors"):
         read_weights(model)
+    assert time.perf_counter() - start < 1
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert (getrusage(RUSAGE_SELF).ru_maxrss - before) * unit < 50e6
 
 
+@pytest.mark.fault(6)
 def test_without_a_manifest_integrity_is_unchecked_and_it_says_so(model: Path, caplog: pytest.LogCaptureFixture):
     (model / "manifest.json").unlink()
     read_weights(model)

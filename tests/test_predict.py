@@ -68,6 +68,7 @@ def test_every_kind_of_image_is_the_same_image(model: Backbone, photo: Path):
     assert Predictor(model).predict(np.asarray(grey)) == Predictor(model).predict(grey)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_a_turned_photograph_has_one_answer(model: Backbone, tmp_path: Path, orientation: int):
     exif = Image.Exif()
@@ -151,6 +152,7 @@ def test_any_network_with_its_preprocessing():
         Predictor(network)
 
 
+@pytest.mark.fault(27, 28)
 @pytest.mark.parametrize(("image", "message"), [
     (7, "a path, a Pillow picture, a tensor or an array; got int"),
     (torch.randn(3, 8, 8) * 9, r"a float image must lie in \[0, 1\]; got -.*preprocess\.denormalise"),
@@ -159,6 +161,12 @@ def test_any_network_with_its_preprocessing():
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"is \(C, H, W\); got shape \(2, 3, 8, 8\): give list\(batch\)"),
     (torch.zeros(3, 0, 8, dtype=torch.uint8), r"\(3, 0, 8\)"),
     (torch.zeros(5, 8, 8, dtype=torch.uint8), r"takes 3 channels; got an image of shape \(5, 8, 8\)"),
+    (torch.full((3, 8, 8), torch.nan), r"must lie in \[0, 1\]; got nan"),
+    (np.full((8, 8, 3), np.inf), r"must lie in \[0, 1\]; got inf"),
+    (torch.zeros(1, 8, 8), r"takes 3 channels; got an image of shape \(1, 8, 8\)"),
+    (torch.zeros(2, 8, 8), r"takes 3 channels; got an image of shape \(2, 8, 8\)"),
+    (torch.zeros(13, 8, 8), r"takes 3 channels; got an image of shape \(13, 8, 8\)"),
+    (np.zeros((8, 8, 4), np.uint8), r"takes 3 channels; got an image of shape \(4, 8, 8\)"),
     (np.full((8, 8, 3), 2.0), r"must lie in \[0, 1\]; got 2 … 2"),
     (np.zeros((8, 8, 3), np.int32), "must be uint8 or float; got int32: scale it"),
     (np.zeros((2, 8, 8, 3), np.uint8), r"\(H, W, C\) or \(H, W\); got shape \(2, 8, 8, 3\): give list\(batch\)"),
@@ -170,11 +178,31 @@ def test_what_is_no_image_is_refused(model: Backbone, image: Any, message: str):
             Predictor(model).predict(given)
 
 
+@pytest.mark.fault(19)
 def test_an_unreadable_image_is_named(model: Backbone, photo: Path):
     photo.with_name("bad.jpg").write_text("no image")
     for path in (photo.with_name("bad.jpg"), photo.with_name("missing.jpg"), photo.parent):
         with pytest.raises(ImageError, match=rf"^{path}"):
             Predictor(model).predict([photo, path])
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_odd_sizes_have_answers(model: Backbone, tmp_path: Path, crop_mode: str):
+    cut = model.preprocess.replace(crop_mode=crop_mode)
+    for number, (width, height) in enumerate([(1, 1), (1, 5000), (3000, 1), (33, 31), (2, 3)]):
+        Image.fromarray(pixels(height, width)).save(path := tmp_path / f"{number}.png")
+        picture, _ = (predictor := Predictor(model, preprocess=cut)).look(path)
+        assert picture.shape == (3, 32, 32)
+        assert predictor.predict(path).label in model.classes
+
+
+@pytest.mark.fault(34)
+def test_odd_names_are_the_ids_of_answers(model: Backbone, tmp_path: Path):
+    paths = [tmp_path / name for name in ("Käse 猫.png", " a  b.png", "two\nlines.png")]
+    for path in paths:
+        Image.fromarray(pixels()).save(path)
+    assert [answer.id for answer in Predictor(model).predict(paths)] == [str(path) for path in paths]
 
 
 def test_wrong_arguments_are_refused(model: Backbone):

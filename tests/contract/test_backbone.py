@@ -268,7 +268,7 @@ def test_compiles_whole_with_the_same_gradients(small: Backbone) -> None:
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_other_channels_are_named(small: Backbone, channels: int) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=rf"(?s)3( channels|, H, W).*{channels}"):
+    with pytest.raises(ValueError, match=rf"images must be \(B, 3, H, W\); got shape \(1, {channels}, "):
         small(torch.zeros(1, channels, *small.preprocess.img_size))
 
 

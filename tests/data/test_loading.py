@@ -126,8 +126,19 @@ def test_what_is_not_shuffled_stays_the_same():
     assert list(order) == list(order)
 
 
+@pytest.mark.fault(35)
 def test_nothing_is_dropped():
     assert [len(batch) for batch in OrderedBatches(17, 8, shuffle=True)] == [8, 8, 1]
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("train", [True, False])
+def test_a_data_set_smaller_than_a_batch_is_one_batch(tensor_set, train):
+    few = tensor_set.subset(torch.arange(3))
+    for batch_size, sizes in ((8, [3]), (2, [2, 1])):
+        loader = make_loader(few, batch_size=batch_size, train=train)
+        assert len(loader) == len(sizes)
+        assert [len(batch["label"]) for batch in loader] == sizes
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -171,6 +182,7 @@ def test_batches_are_brought_to_size(tensor_set):
     assert torch.equal(batch["image"], torch.stack([fit(tensor_set.image(n)) for n in range(4)]))
 
 
+@pytest.mark.fault(39)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_workers_do_not_change_the_batches(make_folder):
     images = image_folder(make_folder("cat", "dog", count=8, size=(9, 7)), in_memory=False)
@@ -234,6 +246,7 @@ class Boxed(ImageSet):
         return Sample(**{**super().__getitem__(index), self.key: value})
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("key", ["boxes", "mask"])
 @pytest.mark.parametrize("size", [(8, 6), None])
 @pytest.mark.parametrize("transform", [RandomResizedCrop(TINY), eval_transform(TINY)])
@@ -277,6 +290,7 @@ def test_images_of_many_sizes_need_a_transform(make_folder):
         make_loader(images, batch_size=2, train=False)
 
 
+@pytest.mark.fault(18, 19)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named_even_by_a_worker(make_folder, workers):
     root = make_folder("cat", "dog")

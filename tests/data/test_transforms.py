@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from vitrail.data import transforms
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.transforms import RandomResizedCrop, eval_transform, resize, train_transform
 from vitrail.records import Preprocess
@@ -44,6 +45,7 @@ def test_a_clip_is_cut_at_one_place():
         assert torch.equal(done, done[:1].expand_as(done))
 
 
+@pytest.mark.fault(26)
 def test_one_pixel_wide():
     """torch's kernel for uint8 is wrong there."""
     image = picture(9, 5)
@@ -57,6 +59,7 @@ def test_squash_keeps_the_whole_picture():
     assert torch.equal(eval_transform(squash)(image), resize(image, (32, 48)))
 
 
+@pytest.mark.fault(26)
 @settings(max_examples=60, deadline=None)
 @given(
     height=st.integers(1, 120), width=st.integers(1, 120), target=st.tuples(st.integers(1, 60), st.integers(1, 60)),
@@ -126,3 +129,19 @@ def test_training_follows_the_crop():
     assert train_transform(large, AugmentConfig()).random
     assert train_transform(small, AugmentConfig(crop="resized", crop_scale=0.5)) == RandomResizedCrop(small, 0.5)
     assert train_transform(large, AugmentConfig(crop="none")) == eval_transform(large)
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 3000), (2, 100_000)])
+def test_a_strip_is_not_enlarged_whole(shape, monkeypatch):
+    """Its middle is what it would be; the rest is never made large."""
+    made = []
+    monkeypatch.setattr(
+        transforms, "resize", lambda pixels, size, kind: made.append(size) or resize(pixels, size, kind)
+    )
+    ramp = torch.linspace(0, 255, max(shape)).round().to(torch.uint8)
+    pixels = ramp.view(1, *((1, -1) if shape[0] < shape[1] else (-1, 1))).expand(3, *shape).contiguous()
+    cut = transforms.eval_transform(Preprocess(img_size=(16, 16), crop_pct=0.875))(pixels)
+    assert cut.shape == (3, 16, 16)
+    assert max(made[0]) < 16 * 16 * 2
+    assert (cut.int() - 128).abs().max() <= 2

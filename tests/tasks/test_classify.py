@@ -123,6 +123,7 @@ def test_a_bare_loop_learns(backbone: Backbone):
     assert float(evaluate(task, [data])["accuracy"]) == 1
 
 
+@pytest.mark.fault(35)
 def test_a_batch_of_one(backbone: Backbone):
     task = Classify(backbone)
     assert task(batch(1))["loss"].isfinite()
@@ -133,6 +134,7 @@ def test_a_batch_of_one(backbone: Backbone):
 # ---- labels
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("wrong", [K, -1, 10**6])
 @pytest.mark.parametrize("named", [True, False])
 def test_a_label_out_of_range_names_the_sample(backbone: Backbone, wrong: int, named: bool):
@@ -146,6 +148,7 @@ def test_a_label_out_of_range_names_the_sample(backbone: Backbone, wrong: int, n
             call(data)
 
 
+@pytest.mark.fault(30)
 def test_many_wrong_labels_are_counted(backbone: Backbone):
     data = batch(8) | {"label": torch.full((8,), 9)}
     with pytest.raises(ValueError, match=r"0\.png has 9; .*4\.png has 9; and 3 more"):

@@ -63,6 +63,7 @@ def kept(tmp_path):
     return tmp_path
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("share", [n / 16 for n in range(16)])
 def test_a_truncated_checkpoint_is_found(share, kept):
     path = kept / "last.ckpt"

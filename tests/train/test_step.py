@@ -149,6 +149,7 @@ def test_a_network_that_no_folder_can_hold(train, make_task, tmp_path):
     assert len(train(task, epochs=1)) == 1
 
 
+@pytest.mark.fault(34)
 def test_a_class_name_that_no_folder_can_hold(train, make_task, tmp_path):
     task, begun = make_task(), []
     task.backbone.classes = ("dark", "gr\ney", "light")

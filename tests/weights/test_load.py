@@ -82,6 +82,7 @@ def test_a_derived_buffer_is_filled(tmp_path: Path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.fault(9, 10)
 def test_weights_must_fit(made: Backbone, tmp_path: Path):
     state = made.state_dict()
     kept = {k: v for k, v in state.items() if not k.startswith("blocks.1.")} | {
@@ -170,6 +171,7 @@ def test_images_are_prepared_for_a_size_near_the_networks(saved: Path, size: lis
         load_model(saved)
 
 
+@pytest.mark.fault(6)
 def test_damaged_weights_are_refused(saved: Path):
     data = bytearray((saved / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -244,6 +246,7 @@ def test_known_weights_at_another_size_prepare_for_it(made: Backbone, monkeypatc
     assert (model.config.img_size, model.preprocess.img_size) == ((48, 48), (48, 48))
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("options", [
     {}, {"reg_tokens": 2}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"},
 ])  # fmt: skip
@@ -259,6 +262,14 @@ def test_learned_positions_are_interpolated_to_another_size(
     pictures = torch.randn(2, 3, *size)
     assert torch.allclose(model(pictures), saved(pictures), atol=1e-5)
     assert (model.config.img_size, model.preprocess.img_size) == (size, size)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.usefixtures("shipped")
+def test_learned_positions_stay_at_their_own_size(made: Backbone):
+    same = create_model("cells", pretrained=True, img_size=32, drop_path=0.1)
+    assert torch.equal(same.pos_embed, made.pos_embed)
+    assert not torch.equal(create_model("cells", pretrained=True, img_size=40).pos_embed[:, :17], made.pos_embed)
 
 
 @pytest.mark.usefixtures("shipped")

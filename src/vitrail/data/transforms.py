@@ -20,6 +20,10 @@ from vitrail.images import to_tensor
 from vitrail.records import Preprocess
 
 ASPECT = (3 / 4, 4 / 3)
+STRIP = 16
+"""pictures whose longer side is enlarged to more than so many times the cut are strips"""
+REACH = 4
+"""pixels beyond the cut, on each side, that a resized one may depend on"""
 TRIES = 10
 
 
@@ -50,10 +54,22 @@ class Fit:
             return pixels
         if self.preprocess.crop_mode == "squash":
             return resize(pixels, target, self.preprocess.interpolation)
+        pixels = _without_ends(pixels, target, self.preprocess.crop_pct)
         large = resize(pixels, _covering(pixels, target, self.preprocess.crop_pct), self.preprocess.interpolation)
         # the offset is torchvision's: a half is rounded to even
         top, left = (round((large.shape[dim] - side) / 2) for dim, side in zip((-2, -1), target, strict=True))
         return large[..., top : top + target[0], left : left + target[1]]
+
+
+def _without_ends(pixels: Tensor, target: tuple[int, int], crop_pct: float) -> Tensor:
+    """The middle of a strip, of which the cut takes little: enlarged whole, one pixel by thousands fills the memory."""
+    large = _covering(pixels, target, crop_pct)
+    for dim, side, size in zip((-2, -1), target, large, strict=True):
+        length = pixels.shape[dim]
+        part = math.ceil(side * length / size) + 2 * math.ceil(REACH * max(1, length / size))
+        if size > STRIP * side and part < length:
+            pixels = pixels.narrow(dim, (length - part) // 2, part)
+    return pixels
 
 
 def _covering(pixels: Tensor, target: tuple[int, int], crop_pct: float) -> tuple[int, int]:

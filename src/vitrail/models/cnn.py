@@ -102,6 +102,8 @@ class ResNet(Backbone):
         self.init_weights()
 
     def _through(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(f"images must be (B, {self.config.in_chans}, H, W); got shape {tuple(images.shape)}")
         images = images if mask is None else images.masked_fill(mask[:, None], 0)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         states = []

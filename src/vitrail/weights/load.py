@@ -146,6 +146,8 @@ def _resized(weights: dict[str, Tensor], saved: Backbone, model: Backbone) -> di
     if pos is None:
         return weights
     old, new = (cast(PatchEmbed, network.get_submodule("patch_embed")).grid_size for network in (saved, model))
+    if old != new:
+        LOG.info("positions of a grid of %d x %d cells are interpolated to %d x %d", *old, *new)
     return {**weights, "pos_embed": resize_positions(pos, old, new, prefix=pos.shape[1] - old[0] * old[1])}
 
 
