@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +23,9 @@ from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import fit
 
+ALONE = "VITRAIL_TEST_ALONE"
+"""set where a test already has an interpreter of its own"""
+ROOT = Path(__file__).parents[2]
 CLASSES = ("dark", "grey", "light")
 RECIPE = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
 
@@ -67,6 +75,38 @@ def train(images, make_task) -> Callable[..., Any]:
         return fit(task, *loaders, config, augment=augment, out=out, resume=resume)
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test marked `forks` runs in an interpreter of its own where the forks of this one could not train.
+
+    PyTorch refuses backward passes in a fork of a process whose autograd has started threads, as some tests make it do.
+    """
+    if not pyfuncitem.get_closest_marker("forks") or ALONE in os.environ or _forks_can_train():
+        return None
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", "--rootdir", str(ROOT)]
+    done = subprocess.run(
+        [*words, f"{ROOT / pyfuncitem.nodeid}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, ALONE: "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
+
+
+def _forks_can_train() -> bool:
+    process = multiprocessing.get_context("fork").Process(target=_train_quietly)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def _train_quietly() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ SETTINGS = {
 }
 TIMES = ("seconds", "images_per_second")
 KILLS, MORE = 20, 100
+pytestmark = pytest.mark.forks
 
 
 class Outcome:
