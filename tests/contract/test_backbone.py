@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vitrail.explain.maps import attention_map, rollout_map
 from vitrail.explain.record import record_attention
+from vitrail.layers import linear
+from vitrail.layers.linear import plain_linear
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model
 
@@ -237,7 +239,8 @@ def test_eager_and_fused_attention_agree(model: Backbone) -> None:
     for kernel in ("eager", "fused", "auto"):
         other = build_from_config(model.family, {**model.card().config, "attn": kernel}).eval()
         other.load_state_dict(model.state_dict())
-        rounded.append(other(x))
+        with plain_linear():  # what rounds otherwise is then attention alone
+            rounded.append(other(x))
         whole.append(other.double()(x.double()))
     size = max(1, whole[0].abs().max())
     assert max((answer - whole[0]).abs().max() for answer in whole) <= 1e-12 * size
@@ -245,6 +248,16 @@ def test_eager_and_fused_attention_agree(model: Backbone) -> None:
     assert max(errors) <= 3 * min(errors)
     if model.variant in (*DEBUG.values(), *PUBLISHED.values()):
         assert max((answer - rounded[0]).abs().max() for answer in rounded) <= 1e-6 * size
+
+
+@torch.no_grad()
+def test_both_linear_kernels_agree(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, to 2e-6 of the largest logit, whatever a timing says here."""
+    monkeypatch.setattr(linear, "_is_fast", lambda dtype, threads: torch.backends.mkldnn.is_available())
+    x, fast = images(model), model(images(model))
+    with plain_linear():
+        usual = model(x)
+    assert (fast - usual).abs().max() <= 2e-6 * max(1, usual.abs().max())
 
 
 @torch.no_grad()

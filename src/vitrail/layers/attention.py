@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from vitrail.layers.linear import Linear
+
 Kernel = Literal["auto", "fused", "eager"]
 EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys
 
@@ -135,6 +137,7 @@ def _fused(kernel: Kernel, k: Tensor) -> bool:
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, C) -> (B, N, C).
 
+    Where only the first `rows` tokens are wanted, only they look at all: (B, N, C) -> (B, rows, C).
     `qk_norm` makes a norm layer of a width, for queries and for keys (Dehghani et al. 2023, "Scaling ViT to 22 billion
     parameters", section 2). Raises `ValueError` if `dim` does not divide into `num_heads`.
     """
@@ -161,19 +164,21 @@ class Attention(nn.Module):
             raise ValueError(f"attn must be auto, fused or eager; got {attn!r}")
         self.num_heads, self.attn, self.attn_drop = num_heads, attn, attn_drop
         head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
+    ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q[:, :, :rows]).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop if self.training else 0.0
         x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N, C)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N or rows, C)
 
 
 def _nearest_divisor(dim: int, heads: int) -> int:

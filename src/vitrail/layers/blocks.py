@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Attention, Kernel, Layout
+from vitrail.layers.linear import Linear
 from vitrail.names import check_choice
 
 Norm = Callable[..., nn.Module]
@@ -28,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
 }
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Mlp(nn.Module):
@@ -39,10 +43,10 @@ class Mlp(nn.Module):
         super().__init__()
         check_choice("act", act, ACTIVATIONS)
         hidden = in_features if hidden_features is None else hidden_features
-        self.fc1 = nn.Linear(in_features, hidden)
+        self.fc1 = Linear(in_features, hidden)
         self.act = ACTIVATIONS[act]()
         self.drop = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden, in_features)
+        self.fc2 = Linear(hidden, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -84,7 +88,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: (B, N, C) -> (B, N, C). `init_values` turns LayerScale on."""
+    """One pre-norm transformer layer: (B, N, C) -> (B, N, C). `init_values` turns LayerScale on.
+
+    Where only the first `rows` tokens are wanted, the others are keys and values alone: (B, N, C) -> (B, rows, C).
+    """
 
     def __init__(
         self,
@@ -118,15 +125,34 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias=bias, layout=layout)))
+    def forward(
+        self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
+    ) -> Tensor:
+        seen = self.attn(self.norm1(x), bias=bias, layout=layout, rows=rows)
+        x = x[:, :rows] + self.drop_path1(self.ls1(seen))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def run_block(
-    block: nn.Module, x: Tensor, *, checkpointing: bool, bias: Tensor | None = None, layout: Layout | None = None
+    block: nn.Module,
+    x: Tensor,
+    *,
+    checkpointing: bool,
+    bias: Tensor | None = None,
+    layout: Layout | None = None,
+    rows: int | None = None,
 ) -> Tensor:
-    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016)."""
+    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016).
+
+    Only a `Block` need know of `rows`.
+    """
+    options: dict[str, Any] = {"bias": bias, "layout": layout} | ({} if rows is None else {"rows": rows})
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, bias=bias, layout=layout, use_reentrant=False)
-    return block(x, bias=bias, layout=layout)
+        return checkpoint(block, x, use_reentrant=False, **options)
+    return block(x, **options)
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether anybody looks at what these modules or their parts take and give, by a hook of any kind."""
+    parts = (part for module in modules for part in module.modules())
+    return _has_any_global_hook() or any(getattr(part, kind) for part in parts for kind in HOOKS)

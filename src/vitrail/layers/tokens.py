@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrail.layers.attention import Kernel, Layout, attend
 from vitrail.layers.blocks import NORMS, Mlp
+from vitrail.layers.linear import Linear
 
 
 def keep_tokens(x: Tensor, keep: Tensor, prefix: int) -> Tensor:
@@ -61,9 +62,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.num_heads, self.attn = num_heads, attn
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.norm = NORMS[norm](dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail import folder
+from vitrail.layers.tokens import keep_tokens
 from vitrail.names import KERNELS, MODEL_SPELLINGS, POOLINGS, normalise_kwargs
 from vitrail.records import ModelCard, Preprocess
 
@@ -68,6 +69,18 @@ class Tokens(NamedTuple):
             return self.cells
         cells = torch.arange(self.padding.shape[1], device=self.padding.device) if self.cells is None else self.cells
         return cells.masked_fill(self.padding, -1)
+
+    def placed(self, drop: nn.Module) -> Tokens:
+        """With their positions added, once, and dropout after that."""
+        return self if self.pos is None else self._replace(x=drop(self.x + self.pos), pos=None)
+
+    def kept(self, keep: Tensor) -> Tokens:
+        """Only the image tokens named by `keep` (B, K), with the cells and the padding that are theirs."""
+        return self._replace(
+            x=keep_tokens(self.x, keep, self.prefix),
+            padding=None if self.padding is None else self.padding.gather(1, keep),
+            cells=keep if self.cells is None else self.cells.gather(1, keep),
+        )
 
 
 class FeatureInfo(NamedTuple):
@@ -119,7 +132,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward_heads(self, x: Any) -> tuple[Tensor, ...]:
-        """The output of `forward_features` -> the logits (B, K) of each head, for losses that tell heads apart."""
+        """The output of `forward_features` -> the logits (B, K) of each head."""
 
     @abstractmethod
     def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
@@ -130,7 +143,15 @@ class Backbone(nn.Module, ABC):
 
         Pixels marked in `mask` (B, H, W) are padding: not seen, not pooled.
         """
-        return self.forward_head(self.forward_features(images, mask))
+        return self.forward_head(self._read(images, mask))
+
+    def heads(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """images (B, C, H, W) -> the logits (B, K) of each head, for losses that tell heads apart."""
+        return self.forward_heads(self._read(images, mask))
+
+    def _read(self, images: Tensor, mask: Tensor | None = None) -> Any:
+        """As much of `forward_features` as the heads read; a family may spare itself the rest."""
+        return self.forward_features(images, mask)
 
     @abstractmethod
     def features(

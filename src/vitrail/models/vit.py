@@ -16,6 +16,7 @@ Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `P` prefix tokens (class, r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,11 +24,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from vitrail.layers.attention import Kernel, Layout
-from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, run_block
+from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, is_hooked, run_block
 from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_positions, sincos_2d
-from vitrail.layers.tokens import AttentionPool, keep_tokens, mean_tokens, padding_bias
+from vitrail.layers.linear import Linear
+from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, choose, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
@@ -107,11 +110,9 @@ class ViTConfig:
             raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")
 
 
-def _row(
-    img_size: int, patch: int, dim: int, depth: int, heads: int, ratio: float = 4.0, classes: int = 1000
-) -> ViTConfig:
+def _row(size: int, patch: int, dim: int, depth: int, heads: int, ratio: float = 4.0, classes: int = 1000) -> ViTConfig:
     return ViTConfig(
-        img_size=img_size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio,
+        img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio,
         num_classes=classes,
     )  # fmt: skip
 
@@ -193,7 +194,7 @@ class VisionTransformer(Backbone):
         self.attn_pool = pool(norm=c.norm, norm_eps=c.norm_eps) if c.global_pool == "map" else None
         self.fc_norm = make_norm(c.embed_dim) if late else nn.Identity()
         self.head_drop = nn.Dropout(c.drop_rate)
-        self.head = nn.Linear(c.embed_dim, c.num_classes) if c.num_classes else nn.Identity()
+        self.head = Linear(c.embed_dim, c.num_classes) if c.num_classes else nn.Identity()
 
     # ---- image -> tokens -> features -> logits
 
@@ -227,18 +228,24 @@ class VisionTransformer(Backbone):
         return tokens._replace(x=self.norm(tokens.x)) if norm else tokens
 
     def _through(
-        self, tokens: Tokens, keep: Tensor | None = None, blocks: slice = slice(None), taps: Sequence[int] = ()
+        self,
+        tokens: Tokens,
+        keep: Tensor | None = None,
+        blocks: slice = slice(None),
+        taps: Sequence[int] = (),
+        rows: int | None = None,
     ) -> tuple[Tokens, dict[int, Tensor]]:
-        """The tokens after the last of `blocks`, and their x after each block named in `taps`."""
-        tokens = _placed(tokens, self.pos_drop)
-        tokens = tokens if keep is None else _kept(tokens, keep)
+        """The tokens after the last of `blocks`, the first `rows` of them, and their x after each block in `taps`."""
+        tokens = tokens.placed(self.pos_drop)
+        tokens = tokens if keep is None else tokens.kept(keep)
         x, seen = tokens.x, {}
         bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
         readout = (0,) if self.config.global_pool == "token" else ()
         shown = tokens.shown
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=readout)
+        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
         for index in range(len(self.blocks))[blocks]:
-            x = run_block(self.blocks[index], x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
+            x = run(self.blocks[index], x, rows=rows if index == len(self.blocks) - 1 else None)
             if index in taps:
                 seen[index] = x
         return tokens._replace(x=x), seen
@@ -246,6 +253,19 @@ class VisionTransformer(Backbone):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens whose x (B, P + N, C) is normed unless the norm comes after pooling."""
         return self.encode(self.embed(images, mask))
+
+    def _read(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+        """In training, the last block makes only the class token, where nobody reads the rest: the same logits.
+
+        Not where it would change what is random, nor in evaluation: other sizes round otherwise than when recorded.
+        """
+        c = self.config
+        same = self.training and c.global_pool == "token" and not (c.proj_drop_rate or c.attn_drop_rate)
+        last = self.blocks[-1] if len(self.blocks) else None
+        if not same or not isinstance(last, Block) or has_torch_function((images,)) or is_hooked(last, self.norm):
+            return self.forward_features(images, mask)
+        tokens = self._through(self.embed(images, mask), rows=1)[0]
+        return tokens._replace(x=self.norm(tokens.x))
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` or `encode` -> logits (B, K), or (B, C) with `pre_logits`."""
@@ -293,7 +313,7 @@ class VisionTransformer(Backbone):
         """A new head for `num_classes` classes (0: none), initialised by its law; `classes` is emptied."""
         like = self.patch_embed.proj.weight
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        self.head = Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         _init_linear(self.head)
 
     @torch.no_grad()
@@ -355,20 +375,6 @@ class VisionTransformer(Backbone):
         self.grad_checkpointing = enable
 
 
-def _placed(tokens: Tokens, drop: nn.Module) -> Tokens:
-    """Tokens with their positions added, once."""
-    return tokens if tokens.pos is None else tokens._replace(x=drop(tokens.x + tokens.pos), pos=None)
-
-
-def _kept(tokens: Tokens, keep: Tensor) -> Tokens:
-    """Only the image tokens named by `keep` (B, K), with the cells and the padding that are theirs."""
-    return tokens._replace(
-        x=keep_tokens(tokens.x, keep, tokens.prefix),
-        padding=None if tokens.padding is None else tokens.padding.gather(1, keep),
-        cells=keep if tokens.cells is None else tokens.cells.gather(1, keep),
-    )
-
-
 def _block(c: ViTConfig, drop_path: float) -> Block:
     return Block(
         c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
@@ -377,10 +383,11 @@ def _block(c: ViTConfig, drop_path: float) -> Block:
     )  # fmt: skip
 
 
+@torch.no_grad()
 def _trunc_normal(weight: Tensor, std: float) -> None:
-    """A normal cut off at two of its deviations, widened so that `std` is what is left after the cut, as in JAX."""
-    wide = std / 0.87962566
-    nn.init.trunc_normal_(weight, std=wide, a=-2 * wide, b=2 * wide)
+    """A normal cut off at two of its deviations, and as much wider that `std` is left, as in JAX; drawn in one pass."""
+    edge = math.erf(math.sqrt(2))
+    weight.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * std / 0.87962566)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,0 +1,93 @@
+"""A linear layer that takes the faster of two equal matrix products where nobody wants gradients.
+
+    F.linear      copies the bias over the whole result, then adds the product (in fp32 on the CPU: MKL's)
+    oneDNN        multiplies and adds in one pass; on some chips its fp32 product alone is twice as fast, on others not
+
+So in bf16 oneDNN is called where there is no gradient to follow; in fp32 where, besides, a timing of some milliseconds,
+once in a process, says that it pays. The two agree to fp32's rounding. Whoever needs the same bits in every process
+(`train.fit`, which goes on bit for bit) holds `plain_linear()` meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+PAYS = 0.98
+"""the share of the usual time that oneDNN must stay under"""
+ROUNDS = 5
+_PLAIN: ContextVar[bool] = ContextVar("plain_linear", default=False)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by the fastest kernel: (…, in_features) -> (…, out_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _takes_onednn(x, self.weight):
+            return _onednn(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """`F.linear` everywhere in this thread, whatever a timing said: the same bits in every process."""
+    before = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(before)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """oneDNN's operator follows neither gradients nor autocast, and is for tensors that fit and are what they seem."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_grad_enabled() or _PLAIN.get():
+        return False
+    fitting = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1] and x.numel() > 0
+    if not fitting or _is_traced(x, weight) or torch.is_autocast_enabled("cpu"):
+        return False
+    return bool(torch.backends.mkldnn.enabled) and _is_fast(x.dtype, torch.get_num_threads())
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether somebody reads along: a tensor's own class, a counter, `torch.func`, forward-mode gradients."""
+    own = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
+    derived = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return bool(own) or derived or _get_current_dispatch_mode() is not None
+
+
+@cache
+def _is_fast(dtype: torch.dtype, threads: int) -> bool:
+    """Whether oneDNN is there for `dtype`, and pays with so many threads."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and _pays()
+
+
+def _pays() -> bool:
+    """Times one fp32 product of a ViT's shape both ways, in turns, and compares the best of each."""
+    x, weight, bias = torch.ones(512, 768), torch.ones(768, 768), torch.ones(768)
+    calls: tuple[Callable[..., Tensor], ...] = (_onednn, F.linear)
+    took = [[_seconds(call, x, weight, bias) for call in calls] for _ in range(ROUNDS)]
+    onednn, usual = (min(column) for column in zip(*took, strict=True))  # the first round makes the kernels
+    return onednn < PAYS * usual
+
+
+def _seconds(call: Callable[..., Tensor], *args: Tensor) -> float:
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
