@@ -453,6 +453,22 @@ def test_many_of_one_size_and_an_odd_one(tmp_path):
         read_images(paths)
 
 
+def test_of_many_those_that_cannot_be_read_are_black_and_have_a_reason(tmp_path):
+    paths = [tmp_path / f"{n}.png" for n in range(4)]
+    for path in paths[1:3]:
+        Image.new("RGB", (8, 6), (200, 100, 0)).save(path)
+    paths[0].write_text("no image")
+    with pytest.raises(ImageError, match=rf"^{paths[0]}: "):
+        read_images(paths)
+    unread: dict[int, str] = {}
+    found = read_images(paths, unread)
+    assert torch.equal(found[1:3], torch.stack([read_image(path) for path in paths[1:3]]))
+    assert not found[[0, 3]].any()
+    assert unread == {0: unread[0], 3: f"{paths[3]}: there is no such file"}
+    with pytest.raises(ImageError, match=rf"^none of 2 images could be read; {paths[0]}: not a readable image"):
+        read_images(paths[::3], {})
+
+
 def test_an_error_out_of_a_worker_keeps_only_its_last_line():
     told = (
         'Caught ImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x"\nImageError: f.jpg: odd\n'

@@ -186,6 +186,31 @@ def test_an_unreadable_image_is_named(model: Backbone, photo: Path):
             Predictor(model).predict([photo, path])
 
 
+@pytest.mark.fault(18, 19)
+def test_skipped_images_have_no_answer_and_the_ids_tell(
+    model: Backbone, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    cut, text = tmp_path / "cut.png", tmp_path / "text.jpg"
+    cut.write_bytes(photo.read_bytes()[:100])
+    text.write_text("no image")
+    paths = [cut, text, photo, text, photo.parent, photo]
+    answers = Predictor(model).predict(paths, batch_size=2, on_bad_image="skip")
+    assert [answer.id for answer in answers] == [str(photo)] * 2
+    assert answers[0].top == Predictor(model).predict(photo).top
+    assert [line.split(": ")[1] for line in caplog.messages] == [str(p) for p in (cut, text, text, photo.parent)]
+
+
+def test_what_cannot_be_left_out_unseen_still_raises(model: Backbone, photo: Path):
+    photo.write_bytes(photo.read_bytes()[:100])
+    for given in (photo, str(photo)):
+        with pytest.raises(ImageError, match=f"^{photo}"):
+            Predictor(model).predict(given, on_bad_image="skip")
+    with Image.open(photo) as picture, pytest.raises(ImageError, match="^the given picture"):
+        Predictor(model).predict([pixels(), picture], on_bad_image="skip")
+    with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip; got 'leave'"):
+        Predictor(model).predict([pixels()], on_bad_image="leave")  # type: ignore[arg-type]
+
+
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_odd_sizes_have_answers(model: Backbone, tmp_path: Path, crop_mode: str):

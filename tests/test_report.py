@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from vitrail.data.badimages import BadImages
 from vitrail.data.imagesets import TensorSet
 from vitrail.draw.runs import Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
 from vitrail.models.registry import build_model
-from vitrail.records import Batch, Classification, History, Preprocess
+from vitrail.records import UNLABELLED, Batch, Classification, History, Preprocess
 from vitrail.report import RunFacts, Shown, _notes, as_json, choose_examples, machine, report_run
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
@@ -49,8 +50,25 @@ def task_of(name: str = "vit_debug") -> Classify:
 
 
 def report(out: Path, task: Classify, facts: RunFacts = FACTS) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    figures = report_run(out, task, loader(images(12)), HISTORY, facts)
+    figures = report_run(out, task, loader(images(12)), HISTORY, facts, BadImages())
     return figures, json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
+
+
+def test_images_that_could_not_be_read_are_counted_on_the_page_and_in_the_figures(tmp_path: Path):
+    bad, facts = BadImages(), replace(FACTS, counts={"test": [5, 4, 4]})
+    bad.add({"test/7.png": "test/7.png: cut", "test/9.png": "test/9.png: empty"})
+    report_run(tmp_path, task_of(), loader(images(11)), HISTORY, facts, bad)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["images"], metrics["bad_images"]) == (11, 2)
+    page = (tmp_path / "report.html").read_text()
+    assert "Of folder:my photos, 2 images could not be read: no figure is of them, and nothing was learnt from" in page
+    assert "bad_images.csv says which, and why. The numbers of images in the parts of the data count them." in page
+
+
+def test_where_all_could_be_read_the_page_says_nothing_of_it(tmp_path: Path):
+    _, metrics, page = report(tmp_path, task_of())
+    assert (metrics["images"], metrics["bad_images"]) == (12, 0)
+    assert "could not be read" not in page
 
 
 # ---- which examples are shown
@@ -90,6 +108,12 @@ def test_wrong_answers_first_then_right_ones_of_every_class_in_turn():
     assert [len(choose_examples(Told(), batches, each=n)) for n in (1, 2, 9)] == [2, 4, 3 + 7]
 
 
+def test_what_stands_for_a_batch_that_could_not_be_read_is_no_example():
+    batch = batch_of("ab", "ab", [0.9, 0.8])
+    batch["label"][1] = UNLABELLED
+    assert [shown.truth for shown in choose_examples(Told(), [batch])] == [0]
+
+
 def test_no_more_is_held_than_is_shown():
     held = []
 
@@ -109,7 +133,7 @@ def test_no_more_is_held_than_is_shown():
 def test_figures_are_those_of_evaluate(tmp_path: Path):
     torch.manual_seed(3)
     task, pixels = task_of(), images(12)
-    figures = report_run(tmp_path, task, loader(pixels), HISTORY, FACTS)
+    figures = report_run(tmp_path, task, loader(pixels), HISTORY, FACTS, BadImages())
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     numbers = json.loads((tmp_path / "metrics.json").read_text().replace("null", "NaN"))
     for name, value in evaluate(task, loader(pixels, 12)).items():
@@ -169,7 +193,7 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: History = HI
     kept: list[RunReport] = []
     monkeypatch.setattr("vitrail.report.training_report", lambda report: kept.append(report) or "page")
     batches = facts.pop("batches", loader(images(12)))
-    report_run(tmp_path, task_of(), batches, history, replace(FACTS, **facts))
+    report_run(tmp_path, task_of(), batches, history, replace(FACTS, **facts), BadImages())
     return kept[0]
 
 
@@ -237,7 +261,7 @@ def test_ready_images_are_shown_as_they_were_before(tmp_path: Path, monkeypatch:
     task, drawn = task_of(), []
     task.backbone.preprocess = told
     monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
-    report_run(tmp_path, task, batches, HISTORY, FACTS)
+    report_run(tmp_path, task, batches, HISTORY, FACTS, BadImages())
     shown = {bytes((example.image * 255).round().byte().flatten().tolist()) for example in drawn[0].examples}
     assert shown <= {bytes(image.flatten().tolist()) for image in raw.images}
     assert len(shown) == len(drawn[0].examples) >= 6
@@ -251,7 +275,7 @@ def test_ready_images_of_unknown_making_are_shown_between_their_extremes(
     task, drawn = task_of(), []
     task.backbone.preprocess = task.backbone.preprocess.replace(known=False)
     monkeypatch.setattr("vitrail.report.training_report", lambda report: drawn.append(report) or "page")
-    report_run(tmp_path, task, batches, HISTORY, FACTS)
+    report_run(tmp_path, task, batches, HISTORY, FACTS, BadImages())
     assert {(float(s.image.min()), float(s.image.max())) for s in drawn[0].examples} == {(0.0, 1.0)}
 
 
@@ -307,5 +331,9 @@ def test_of_several_processes_the_first_writes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("vitrail.report.dist.is_initialized", lambda: True)
     monkeypatch.setattr("vitrail.report.dist.get_rank", lambda: 1)
     monkeypatch.setattr("vitrail.report.evaluate", lambda *_: {"accuracy": torch.tensor(1.0)})
-    assert report_run(tmp_path, task, loader(images(12)), HISTORY, FACTS) == {"accuracy": torch.tensor(1.0)}
+    shared: list[BadImages] = []
+    monkeypatch.setattr(BadImages, "share", lambda bad: shared.append(bad))
+    bad = BadImages()
+    assert report_run(tmp_path, task, loader(images(12)), HISTORY, FACTS, bad) == {"accuracy": torch.tensor(1.0)}
+    assert shared == [bad], "every process takes part, or the others would wait"
     assert list(tmp_path.iterdir()) == []

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from vitrail.data.badimages import OnBadImage
 from vitrail.flags import existing, parse
-from vitrail.images import SUFFIXES, ImageError
+from vitrail.images import SUFFIXES
 from vitrail.names import closest, nearest, printable
 from vitrail.processes import is_first
 from vitrail.train.config import TrainConfig
@@ -50,14 +51,23 @@ SPLIT = (
 )
 
 
-def train(config: TrainConfig, *, resume: Annotated[str | None, "go on with this run folder"] = None) -> None:
+def train(
+    config: TrainConfig,
+    *,
+    resume: Annotated[str | None, "go on with this run folder"] = None,
+    override: Annotated[list[str] | None, "settings that a resumed run may change, such as lr batch_size"] = None,
+) -> None:
     """Train a model; write its run folder with curves, checkpoints, the model and report.html."""
     from vitrail.trainer import resume_training, run_training
 
     if resume is not None and config.out != resume:
         raise ValueError(f"--resume goes on in its own folder {resume}; got --out {config.out}: leave it out")
     out = _place(config.out)
-    history = run_training(config) if resume is None else resume_training(resume, config)
+    names = override or ()
+    if resume is None:
+        history = run_training(config, override=names)
+    else:
+        history = resume_training(resume, config, override=names)
     _tell(f"epochs done: {len(history)} of {config.epochs}; the report is {out / 'report.html'}")
 
 
@@ -79,18 +89,28 @@ def evaluate(
     split: Annotated[str | None, SPLIT] = None,
     batch_size: Annotated[int, "images at a time"] = 128,
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
+    on_bad_image: Annotated[
+        OnBadImage, "end at an image that cannot be read, or leave it out of the figures"
+    ] = "raise",
     as_json: Annotated[bool, "print JSON"] = False,
 ) -> None:
     """Measure a trained model on a data set's held-out images, or on images that it has never seen."""
     from vitrail.report import as_json as numbers
     from vitrail.trainer import evaluate_model
 
-    found = evaluate_model(model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device)
+    found = evaluate_model(
+        model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device,
+        on_bad_image=on_bad_image,
+    )  # fmt: skip
     if as_json:
         facts = {"split": found.split, "drawn": found.drawn, "images": found.images, "classes": list(found.classes)}
-        print(json.dumps(facts | numbers(found)))
+        print(json.dumps(facts | ({"unreadable": found.unreadable} if found.unreadable else {}) | numbers(found)))
         return
-    rows = {"split": found.split + (" (drawn)" if found.drawn else ""), "images": f"{found.images} of {found.total}"}
+    left_out = f", {found.unreadable} unreadable left out" if found.unreadable else ""
+    rows = {
+        "split": found.split + (" (drawn)" if found.drawn else ""),
+        "images": f"{found.images} of {found.total}{left_out}",
+    }
     rows |= {name: f"{value:.4f}" for name, value in found.items() if value.ndim == 0}
     print("\n".join(f"{name:>20}  {value}" for name, value in rows.items()))
 
@@ -102,20 +122,22 @@ def predict(
     model: Model = "",
     top: Annotated[int, "classes to list"] = 5,
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
+    on_bad_image: Annotated[OnBadImage, "whether files that cannot be read end in exit code 2, or in 0"] = "raise",
     as_json: Annotated[bool, "print one JSON object a line"] = False,
 ) -> None:
     """Classify images. Files that cannot be read are named, and the others answered."""
     paths = _expand(images)
     predictor = _predictor(model, device, sys.stderr if as_json else sys.stdout)
-    unread = 0
-    for answer in _answers(predictor, paths, top):
-        if isinstance(answer, ImageError):
-            _say(f"error: {answer}")
-            unread += 1
-        else:
-            print(json.dumps(answer.to_dict()) if as_json else _line(answer), flush=True)
-    if unread:
-        raise ValueError(f"{unread} of {len(paths)} images could not be read: mend or leave out what is named above")
+    answered = 0
+    for answer in predictor.stream(paths, top, BATCH, on_bad_image="skip"):  # which names them on stderr
+        print(json.dumps(answer.to_dict()) if as_json else _line(answer), flush=True)
+        answered += 1
+    if answered == len(paths):
+        return
+    unread = f"{len(paths) - answered} of {len(paths)} images could not be read"
+    if on_bad_image == "raise":
+        raise ValueError(f"{unread}: mend or leave out what is named above, or take --on-bad-image skip")
+    _say(unread)
 
 
 def explain(
@@ -229,23 +251,6 @@ def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
     if not model:
         print(f"model: {SHIPPED} ({predictor.model.variant}), for {predictor.model.images}", file=stream, flush=True)
     return predictor
-
-
-def _answers(predictor: ViTClassifier, paths: Sequence[Path], top: int) -> Iterator[Classification | ImageError]:
-    """One for each path: in batches, and one after the other where a batch holds a file that cannot be read."""
-    for start in range(0, len(paths), BATCH):
-        batch = paths[start : start + BATCH]
-        try:
-            yield from predictor.predict(batch, top)
-        except ImageError:
-            yield from (_answer(predictor, path, top) for path in batch)
-
-
-def _answer(predictor: ViTClassifier, path: Path, top: int) -> Classification | ImageError:
-    try:
-        return predictor.predict(path, top)
-    except ImageError as error:
-        return error
 
 
 def _line(answer: Classification) -> str:

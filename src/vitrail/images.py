@@ -164,19 +164,35 @@ def read_image(source: str | Path | IO[bytes]) -> Tensor:
     return to_tensor(open_image(source))
 
 
-def read_images(paths: Sequence[Path]) -> Tensor:
+def read_images(paths: Sequence[Path], unread: dict[int, str] | None = None) -> Tensor:
     """Image files of one size -> uint8 (N, 3, H, W). Raises `ImageError`; `UnequalSizesError` at the first odd one.
 
+    With `unread`, a file that cannot be read has a black row and its reason in `unread`, by row; `ImageError` is then
+    raised only where that is so of all.
     In one thread: for small images the interpreter, not the decoder, takes the time, and threads only contend for it.
     """
-    size = open_image(paths[0]).size
-    pixels = np.empty((len(paths), size[1], size[0], 3), dtype=np.uint8)
+    pixels: np.ndarray[Any, Any] | None = None
     for row, path in enumerate(paths):
-        image = open_image(path)
-        if image.size != size:
-            raise UnequalSizesError(
-                f"{path}: {image.width} x {image.height} pixels where the others have {size[0]} x {size[1]}: "
-                "images of many sizes are read when needed, with in_memory off"
-            )
-        pixels[row] = np.asarray(image)
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            if unread is None:
+                raise
+            unread[row] = str(error)
+            continue
+        if pixels is None:
+            pixels = np.zeros((len(paths), image.height, image.width, 3), dtype=np.uint8)
+        _put(image, pixels, row, path)
+    if pixels is None:
+        raise ImageError(f"none of {len(paths)} images could be read; {(unread or {}).get(0)}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _put(image: Image.Image, pixels: np.ndarray[Any, Any], row: int, path: Path) -> None:
+    height, width = pixels.shape[1:3]
+    if image.size != (width, height):
+        raise UnequalSizesError(
+            f"{path}: {image.width} x {image.height} pixels where the others have {width} x {height}: "
+            "images of many sizes are read when needed, with in_memory off"
+        )
+    pixels[row] = np.asarray(image)

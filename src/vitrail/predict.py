@@ -7,23 +7,27 @@ Legend: `B` batch, `C` channels, `H`, `W` pixels of a picture, `h`, `w` pixels t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
+from vitrail.data.badimages import OnBadImage
 from vitrail.data.transforms import eval_transform
-from vitrail.images import AnyImage, to_pixels
+from vitrail.images import AnyImage, ImageError, to_pixels
 from vitrail.layers.modes import evaluating
 from vitrail.models.backbone import Backbone
-from vitrail.names import shortened
+from vitrail.names import check_choice, shortened
 from vitrail.records import Classification, Preprocess
 from vitrail.tasks.base import pick_device
 from vitrail.tasks.classify import answers, check_names, class_names
 from vitrail.weights.load import load_model
+
+LOG = logging.getLogger("vitrail")
 
 
 class Predictor:
@@ -61,28 +65,41 @@ class Predictor:
         return cls(load_model(name_or_path), device=device)
 
     @overload
-    def predict(self, images: AnyImage, top: int = 5, batch_size: int = 32) -> Classification: ...  # type: ignore[overload-overlap]
+    def predict(  # type: ignore[overload-overlap]
+        self, images: AnyImage, top: int = 5, batch_size: int = 32, on_bad_image: OnBadImage = "raise"
+    ) -> Classification: ...
     @overload
-    def predict(self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32) -> list[Classification]: ...
     def predict(
-        self, images: AnyImage | Sequence[AnyImage], top: int = 5, batch_size: int = 32
+        self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32, on_bad_image: OnBadImage = "raise"
+    ) -> list[Classification]: ...
+    def predict(
+        self,
+        images: AnyImage | Sequence[AnyImage],
+        top: int = 5,
+        batch_size: int = 32,
+        on_bad_image: OnBadImage = "raise",
     ) -> Classification | list[Classification]:
         """The answer to one image, or a list of answers to a list of them; the `id` of an answer is its image's path.
 
         A tensor or an array holds uint8, or floats in [0, 1] that are not normalised (`vitrail.images.to_pixels`).
         `top` classes are listed. Raises `ValueError` for an image of a wrong type, shape or range, and `ImageError`
-        (one too) naming the file that cannot be read.
+        (one too) naming the file that cannot be read. With `on_bad_image="skip"` a list's files that cannot be read
+        have no answer, which the ids tell, and the logger `vitrail` is told of each; one image alone, and one without a
+        path, still raises.
         """
         if isinstance(images, list | tuple):
-            return list(self.stream(images, top, batch_size))
+            return list(self.stream(images, top, batch_size, on_bad_image))
         return next(self.stream([images], top, batch_size))  # type: ignore[list-item]
 
-    def stream(self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32) -> Iterator[Classification]:
+    def stream(
+        self, images: Sequence[AnyImage], top: int = 5, batch_size: int = 32, on_bad_image: OnBadImage = "raise"
+    ) -> Iterator[Classification]:
         """The answers of `predict`, one after the other, as soon as their batch is done."""
         _check_count("top", top)
         _check_count("batch_size", batch_size)
+        check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         for start in range(0, len(images), batch_size):
-            yield from self._answers(images[start : start + batch_size], top)
+            yield from self._answers(images[start : start + batch_size], top, on_bad_image == "skip")
 
     def look(self, image: AnyImage) -> tuple[Tensor, Tensor]:
         """The picture as it is cut for the network, uint8 (C, h, w), and what the network takes, (1, C, h, w)."""
@@ -103,10 +120,23 @@ class Predictor:
         check_names(self.classes, logits.shape[-1])
         return answers(logits, class_names(self.classes, logits.shape[-1]), ids, top)
 
-    def _answers(self, images: Sequence[AnyImage], top: int) -> list[Classification]:
-        pictures = torch.stack([self._fit(self._pixels(image)) for image in images])
-        ids = [str(image) if isinstance(image, str | Path) else "" for image in images]
+    def _answers(self, images: Sequence[AnyImage], top: int, skip: bool) -> list[Classification]:
+        read = [(image, picture) for image in images if (picture := self._picture(image, skip)) is not None]
+        if not read:
+            return []
+        ids = [str(image) if isinstance(image, str | Path) else "" for image, _ in read]
+        pictures = torch.stack([picture for _, picture in read])
         return self.answer(self.logits(self.preprocess.normalise(pictures.to(self._device()))), ids, top)
+
+    def _picture(self, image: AnyImage, skip: bool) -> Tensor | None:
+        """uint8 (C, h, w); None for a file to be skipped."""
+        try:
+            return self._fit(self._pixels(image))
+        except ImageError as error:
+            if not skip or not isinstance(image, str | Path):
+                raise
+            LOG.warning("left out: %s", error)
+            return None
 
     def _pixels(self, image: AnyImage) -> Tensor:
         """uint8 (C, H, W) on the CPU, with the channels that the network takes."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+UNLABELLED = -100
+"""the class index of an image without a label, as losses know it: `ignore_index` of PyTorch's cross-entropy"""
+
 
 class Batch(TypedDict, total=False):
     """What a loader yields and a task takes. A task reads the keys it needs; all others travel along untouched.
@@ -33,7 +36,7 @@ class Batch(TypedDict, total=False):
     image: Tensor
     """(B, C, H, W), or frames (B, T, C, H, W)"""
     label: Tensor
-    """(B,) int64, or (B, K) float for soft and multiple labels"""
+    """(B,) int64, `UNLABELLED` where there is none, or (B, K) float for soft and multiple labels"""
     boxes: list[Tensor]
     """one (n_i, 4) per image: x0, y0, x1, y1 in pixels of `image`"""
     classes: list[Tensor]

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitrail.data.badimages import NAME, BadImages, counted
 from vitrail.draw.pages import training_report, write_page
 from vitrail.draw.runs import Example, Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
@@ -29,7 +30,7 @@ from vitrail.files import write_whole
 from vitrail.layers.modes import evaluating
 from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.tasks.base import as_batch, evaluate
-from vitrail.tasks.classify import Classify, hard_labels
+from vitrail.tasks.classify import Classify, hard_labels, labelled
 
 EXAMPLES = 6
 """right answers shown, and as many wrong ones"""
@@ -68,23 +69,25 @@ class Shown(NamedTuple):
 
 
 def report_run(
-    out: Path, task: Classify, loader: Iterable[Any], history: History, facts: RunFacts
+    out: Path, task: Classify, loader: Iterable[Any], history: History, facts: RunFacts, bad: BadImages
 ) -> dict[str, Tensor]:
     """Measures `task` on held-out images, writes `metrics.json` and `report.html` into `out`, returns the figures.
 
-    Of several processes that share the images each measures its own, and the first one writes.
+    `bad` are the images that the run could not read, those of `loader` among them. Of several processes that share the
+    images each measures its own, and the first one writes.
     """
     figures = evaluate(task, loader)
+    bad.share()
     if dist.is_initialized() and dist.get_rank() > 0:
         return figures
-    report = _report(task, figures, history, facts)
-    write_whole(out / "metrics.json", json.dumps(_metrics(report, figures), indent=1, allow_nan=False))
+    report = _report(task, figures, history, facts, bad)
+    write_whole(out / "metrics.json", json.dumps(_metrics(report, figures, bad), indent=1, allow_nan=False))
     examples = [_example(task, shown) for shown in choose_examples(task, loader)]
     write_page(out / "report.html", training_report(replace(report, examples=examples)))
     return figures
 
 
-def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts) -> RunReport:
+def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts, bad: BadImages) -> RunReport:
     """Everything on the page but its examples."""
     model, held_out = task.backbone, figures["confusion"].sum(1).tolist()
     return RunReport(
@@ -108,7 +111,7 @@ def _report(task: Classify, figures: dict[str, Tensor], history: History, facts:
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        notes=[*_notes(facts, task.classes, held_out), EXAMPLES_NOTE],
+        notes=[*_notes(facts, task.classes, held_out), *_unread(bad, facts), EXAMPLES_NOTE],
     )
 
 
@@ -135,6 +138,17 @@ def _notes(facts: RunFacts, classes: Sequence[str], held_out: Sequence[int]) -> 
     return notes
 
 
+def _unread(bad: BadImages, facts: RunFacts) -> list[str]:
+    """How many images of the data are none, and where their names stand."""
+    if not bad:
+        return []
+    counting = " The numbers of images in the parts of the data count them." if facts.counts else ""
+    return [
+        f"Of {facts.data}, {counted(len(bad))} could not be read: no figure is of them, and nothing was learnt from "
+        f"them. {NAME} says which, and why.{counting}"
+    ]
+
+
 def _without(classes: Sequence[str], counts: Sequence[int]) -> str:
     """The names of the classes that have no image; the first few, and how many more."""
     missing = [name for name, count in zip(classes, counts, strict=False) if not count]
@@ -153,9 +167,10 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _metrics(report: RunReport, figures: dict[str, Tensor]) -> dict[str, Any]:
+def _metrics(report: RunReport, figures: dict[str, Tensor], bad: BadImages) -> dict[str, Any]:
     facts = {name: getattr(report, name) for name in ("data", "split", "command", "machine", "date", "seconds")}
-    return {**facts, "classes": list(report.classes), **as_json(figures)}
+    counts = {"images": int(figures["confusion"].sum()), "bad_images": len(bad)}
+    return {**facts, **counts, "classes": list(report.classes), **as_json(figures)}
 
 
 def choose_examples(task: Classify, loader: Iterable[Any], each: int = EXAMPLES) -> list[Shown]:
@@ -178,9 +193,10 @@ def choose_examples(task: Classify, loader: Iterable[Any], each: int = EXAMPLES)
 
 
 def _answers(task: Classify, raw: Batch) -> Iterable[Shown]:
-    answers = task.predict(task.prepare(raw))
-    for image, label, answer in zip(raw["image"], hard_labels(raw["label"]).tolist(), answers, strict=True):
-        yield Shown(image.clone(), label, answer)  # a view would keep its whole batch
+    answers, known = task.predict(task.prepare(raw)), labelled(raw["label"]) > 0
+    for row, (label, answer) in enumerate(zip(hard_labels(raw["label"]).tolist(), answers, strict=True)):
+        if known[row]:
+            yield Shown(raw["image"][row].clone(), label, answer)  # a view would keep its whole batch
 
 
 def _example(task: Classify, shown: Shown) -> Example:

@@ -9,7 +9,7 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from itertools import chain
@@ -18,13 +18,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
+from vitrail.data.badimages import BadImages, OnBadImage
 from vitrail.data.datasets import DataConfig, DataError, describe, load_splits, say_few
-from vitrail.data.imagesets import ImageSet, Splits
+from vitrail.data.imagesets import ImageSet, Splits, read_record
 from vitrail.data.loading import OrderedBatches, check_workers, make_loader
-from vitrail.data.transforms import eval_transform, train_transform
+from vitrail.data.transforms import Transform, eval_transform, train_transform
+from vitrail.data.watch import WatchedLoader
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone
@@ -45,6 +46,7 @@ LOG = logging.getLogger("vitrail")
 DEMO = files("vitrail") / "assets" / "demo.yaml"
 RUN = (
     "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html", "checkpoints", "model", "tensorboard",
+    "bad_images.csv",
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)} - {"seed"} | {
@@ -54,31 +56,31 @@ SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)}
 MAKE = "give one that create_model makes, such as create_model('vit_tiny', num_classes=3)"
 
 
-def run_training(config: TrainConfig, *, resume: bool = False) -> History:
+def run_training(config: TrainConfig, *, resume: bool = False, override: Collection[str] = ()) -> History:
     """Trains, evaluates and explains as `config` says, and writes its run folder. Returns the epochs' figures.
 
     With `resume` the folder's last checkpoint is gone on with, and no image that was held out is trained on: parts that
-    were drawn stay, new images are trained on. The demo's recipe replaces its own former run. Raises `ValueError` as
-    `fit` does, for a model that lacks what `config` asks of it, for held-out images that are gone, naming them, and for
-    parts of the data that the processes cannot share, or a folder in which another process trains. The logger
-    `vitrail` is told of settings that do nothing here.
+    were drawn stay, new images are trained on if `override` names `images`. The demo's recipe replaces its own former
+    run. Raises `ValueError` as `fit` does, for a model that lacks what `config` asks of it, for held-out images that
+    are gone, naming them, and for parts of the data that the processes cannot share, or a folder in which another
+    process trains. The logger `vitrail` is told of settings that do nothing here.
     """
     out = Path(config.out)
     check_workers(config.workers)
     resolve_name(config.model)
     demo = not resume and config == demo_config(config.out)
     if not demo:
-        refuse_start(out, resume)
+        refuse_start(out, resume, override)
     with claimed(out):  # before anything is read or written
         if demo:
             _clear_demo(out)
         refuse_start(out, resume)
-        return _run(config, out, resume)
+        return _run(config, out, resume, override)
 
 
-def _run(config: TrainConfig, out: Path, resume: bool) -> History:
+def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]) -> History:
     """The run in a folder that is nobody else's."""
-    former = _read_record(out / "splits.json") if resume else None
+    former = read_record(out / "splits.json") if resume else None
     splits = _splits_again(config, former) if former else load_splits(config)
     if former and list(splits.classes) != former["classes"]:
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
@@ -90,48 +92,38 @@ def _run(config: TrainConfig, out: Path, resume: bool) -> History:
     if former and "preprocess" in former:  # statistics of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"])
     task = Classify(model, config.label_smoothing)
-    train = make_loader(
-        splits.train, batch_size=config.batch_size, train=True, seed=config.seed, workers=config.workers,
-        timeout=config.worker_timeout,
-        transform=train_transform(model.preprocess, config),
-    )  # fmt: skip
+    train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
+    val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
+    bad = _counting(BadImages(out, resume=resume), train, val, test)
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
     record = splits.record() | {"preprocess": asdict(model.preprocess)}
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     history = fit(
-        task, train, eval_loader(splits.val, model, config), config, augment=augment, out=out, resume=resume,
+        task, train, val, config, augment=augment, out=out, resume=resume, override=override,
         notes={"drawn": splits.digests()},
     )  # fmt: skip
     if resume:  # only now: a resume that was refused changes nothing
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     best = Classify(load_model(out).to(pick_device(config.device)))
-    report_run(out, best, eval_loader(splits.test, model, config), history, _facts(config, splits))
+    report_run(out, best, test, history, _facts(config, splits), bad)
+    bad.say()
     return history
 
 
-def resume_training(run: str | Path, config: TrainConfig | None = None) -> History:
+def resume_training(
+    run: str | Path, config: TrainConfig | None = None, *, override: Collection[str] = ()
+) -> History:  # fmt: skip
     """Goes on with a run folder where its last checkpoint stands, as its config.yaml says, or as `config` does.
 
-    Raises `ValueError` for a folder without config.yaml, and where `config` changes what no resumed run may change.
+    Raises `ValueError` for a folder without config.yaml, and for what differs and `override` does not name.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ValueError(
             f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`"
         )
-    return run_training(replace(config or TrainConfig.from_yaml(path), out=str(run)), resume=True)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """What `Splits.record` wrote. Raises `ValueError` where it is missing or damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"drawn": dict(record["drawn"]), "classes": record["classes"], "counts": record["counts"], **record}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must say which images were held out; it cannot be read ({error!r}): put it back, or train anew"
-        ) from None
+    return run_training(replace(config or TrainConfig.from_yaml(path), out=str(run)), resume=True, override=override)
 
 
 def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
@@ -205,45 +197,60 @@ def _dropouts(row: str, config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, (_, value) in wanted.items() if value}
 
 
-def eval_loader(images: ImageSet, model: Backbone, config: DataConfig) -> DataLoader[Batch]:
+def eval_loader(images: ImageSet, model: Backbone, config: DataConfig) -> WatchedLoader:
     """One pass over images, as the model's preprocessing wants them."""
+    return _loader(images, config, eval_transform(model.preprocess), train=False)
+
+
+def _loader(images: ImageSet, config: DataConfig, transform: Transform, *, train: bool) -> WatchedLoader:
     return make_loader(
-        images, batch_size=config.batch_size, train=False, seed=config.seed, workers=config.workers,
-        timeout=config.worker_timeout,
-        transform=eval_transform(model.preprocess),
+        images, batch_size=config.batch_size, train=train, seed=config.seed, workers=config.workers,
+        timeout=config.worker_timeout, on_bad_image=config.on_bad_image, transform=transform,
     )  # fmt: skip
+
+
+def _counting(bad: BadImages, *loaders: Loader | None) -> BadImages:
+    """`bad`, in which loaders of vitrail's count from here on what they cannot read."""
+    for loader in loaders:
+        if isinstance(loader, WatchedLoader):
+            loader.bad = bad
+    return bad
 
 
 class Measured(dict[str, Tensor]):
     """The figures of a model by their names, and of which images they are."""
 
-    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str) -> None:
+    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str, unreadable: int) -> None:
         super().__init__(figures)
         self.classes = splits.classes
         self.split = "val" if split == "test" and splits.test is splits.val else split
         self.drawn = split in splits.drawn or (split == "train" and bool(splits.drawn))
         """whether the part was drawn, because the data does not name it"""
-        self.images = sum(map(len, _parts(splits, split)))
-        self.total = sum(map(len, _parts(splits, "all")))
+        self.unreadable = unreadable
+        """images of the part that were left out"""
+        self.images = sum(map(len, splits.part(split))) - unreadable
+        self.total = sum(map(len, splits.part("all")))
         """images of the whole data set"""
 
 
 def evaluate_model(
     name: str | Path, *, data: str, data_dir: str = "data", split: str | None = None, batch_size: int = 128,
-    device: str = "auto", workers: int = 0,
+    device: str = "auto", workers: int = 0, on_bad_image: OnBadImage = "raise",
 ) -> Measured:  # fmt: skip
     """All figures of a trained model on a part of a data set, `train`, `val` or `test`, or on `all` of it.
 
     Where the data names no such part, it is drawn as it was for the model's own training, so that no image that the
     model was trained on is among it. Without `split` it is `test`, or `all` of data that names no parts and is not what
-    the model was trained on. Raises `ValueError` where the data has other classes than the model, naming both.
+    the model was trained on. With `on_bad_image="skip"`, images that cannot be read are left out and counted.
+    Raises `ValueError` where the data has other classes than the model, naming both, and what the loader raises.
     """
     if split is not None:
         check_choice("--split", split, ("train", "val", "test", "all"))
     model = load_model(name).to(pick_device(device))
     config = DataConfig(
-        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size)
-    )
+        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size),
+        on_bad_image=on_bad_image,
+    )  # fmt: skip
     splits, own = _splits_as_trained(name, config)
     split = split or ("test" if own or "test" not in splits.drawn else "all")
     task = Classify(model)
@@ -252,15 +259,9 @@ def evaluate_model(
             f"{name} knows the classes {_some(task.classes)}; {data} has {_some(splits.classes)}: "
             "take data with the model's classes"
         )
-    loaders = (eval_loader(images, model, config) for images in _parts(splits, split))
-    return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split)
-
-
-def _parts(splits: Splits, split: str) -> list[ImageSet]:
-    """The images of a part, or, for `all`, those of every part once."""
-    if split != "all":
-        return [{"train": splits.train, "val": splits.val, "test": splits.test}[split]]
-    return [splits.train, splits.val, *([] if splits.test is splits.val else [splits.test])]
+    loaders = [eval_loader(images, model, config) for images in splits.part(split)]
+    bad = _counting(BadImages(), *loaders)
+    return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split, len(bad))
 
 
 def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bool]:
@@ -277,7 +278,7 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bo
     own = _same_data(recipe.get("data", DataConfig.data), config.data)
     if (folder.parent / "splits.json").is_file():
         try:
-            return _splits_again(config, _read_record(folder.parent / "splits.json")), True
+            return _splits_again(config, read_record(folder.parent / "splits.json")), True
         except DataError:
             if own:
                 raise
@@ -354,6 +355,8 @@ class ViTTrainer:
         out = None if self.out is None else Path(self.out)
         say_idle(config, kept=out is not None, validated=val_loader is not None)
         task = Classify(self.model, config.label_smoothing)
+        refuse_start(out, resume=False)
+        bad = _counting(BadImages(out), train_loader, val_loader, test_loader)
         history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
         if out and not self.model.preprocess.known:
             LOG.warning(
@@ -362,8 +365,9 @@ class ViTTrainer:
         held_out = val_loader if test_loader is None else test_loader
         if out and held_out is not None:
             facts = self._facts(given, "val" if test_loader is None else "test")
-            report_run(out, task.to(pick_device(config.device)), held_out, history, facts)
+            report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
             task.cpu()
+        bad.say()
         return history
 
     def _facts(self, given: Mapping[str, Any], split: Literal["val", "test"]) -> RunFacts:

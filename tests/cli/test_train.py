@@ -104,7 +104,10 @@ def test_a_finished_run_takes_more_epochs(copy: Path, said: Said):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--seed", "4"], "told before; --seed was 0, got 4: take the old values"),
-    (["--val-fraction", "0.4", "--img-size", "64"], "--img-size was None, got 64; --val-fraction was 0.2, got 0.4: "),
+    (["--val-fraction", "0.4", "--img-size", "64"], "img-size was None, got 64; --val-fraction was 0.2, got 0.4; net"),
+    (["--img-size", "64"], "weights do not fit, which nothing can override: backbone.pos_embed was (1, "),
+    (["--seed", "4", "--override", "lr"], "or go on all the same with --override seed (in Python, override=('seed',))"),
+    (["--lr", "9", "--override", "learning"], "may not change otherwise; got 'learning': "),
     (["--out", "elsewhere"], "goes on in its own folder {run}; got --out elsewhere: leave it out"),
     (["--config", "a.yaml"], "goes on by its own config.yaml; got --config a.yaml as well: drop one"),
 ])  # fmt: skip
@@ -113,6 +116,16 @@ def test_a_resumed_run_is_told_the_same(words: list[str], message: str, copy: Pa
     _, err = said("train", "--resume", copy, *words, code=2)
     assert message.format(run=copy) in err
     assert contents(copy) == before
+
+
+@pytest.mark.fault(45)
+def test_a_resumed_run_is_told_something_else_knowingly(copy: Path, said: Said):
+    words = ["--epochs", 3, "--lr", "1e-4", "--batch-size", 6]
+    _, err = said("train", "--resume", copy, *words, "--override", "lr", "batch-size")
+    assert "--override changes this run from epoch 3 on, which begins anew: --lr 0.0003 -> 0.0001; --batch-size" in err
+    assert (copy / "config.yaml").read_text().startswith("# overridden from epoch 3 on: --lr 0.0003 -> 0.0001\n")
+    assert TrainConfig.from_yaml(copy / "config.yaml").lr == 1e-4
+    assert "epochs done: 3 of 3" in said("train", "--resume", copy)[1]
 
 
 def test_a_run_is_not_written_over(copy: Path, tiny: list[str], photos: Path, said: Said):

@@ -19,7 +19,7 @@ from vitrail.data.augment import (
     mixup,
     pad_and_crop,
 )
-from vitrail.records import Batch, Preprocess
+from vitrail.records import UNLABELLED, Batch, Preprocess
 
 SMALL = Preprocess(img_size=(16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 STILL = {"flip": 0.0, "crop": "none"}
@@ -284,6 +284,15 @@ def test_other_dimensions_are_refused():
 
 
 # ---- labels
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_of_a_mixed_image_only_labelled_parts_have_a_share(mixing):
+    batch = Batch(image=torch.rand(4, 3, 16, 16), label=torch.tensor([2, UNLABELLED, 0, UNLABELLED]))
+    made = augment(batch=batch, **{mixing: 1.0})["label"]
+    assert made.sum().item() == pytest.approx(2)
+    assert made[:, [1, 3]].sum() == 0
 
 
 @pytest.mark.parametrize(("label", "got"), [([0, 1, 4, 2], "0 … 4"), ([0, -1, 1, 2], "-1 … 2")])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitrail.models.backbone import Backbone, Tokens
 from vitrail.models.registry import build_model
 from vitrail.models.vit import VisionTransformer
-from vitrail.records import Batch
+from vitrail.records import UNLABELLED, Batch
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.scores import Reliability, classification_scores
@@ -62,7 +62,7 @@ def batch(count: int = 6) -> Batch:
 
 
 def scores_of(logits: Tensor, target: Tensor, parts: int = 3) -> dict[str, np.ndarray[Any, Any]]:
-    scores = classification_scores(logits.shape[1])
+    scores = classification_scores(logits.shape[1], UNLABELLED)
     for x, y in zip(logits.chunk(parts), target.chunk(parts), strict=True):
         scores.update(preds=x, target=y, value=F.cross_entropy(x, y, reduction="none"))
     return {name: value.double().numpy() for name, value in scores.compute().items()}
@@ -238,7 +238,7 @@ def test_a_sure_and_right_classifier_is_calibrated_and_a_sure_and_wrong_one_is_n
 
 def test_reliability_needs_a_bin():
     with pytest.raises(ValueError, match="bins must be at least 1; got 0"):
-        Reliability(bins=0)
+        Reliability(UNLABELLED, bins=0)
 
 
 def test_a_loss_that_is_no_number_stays_visible(backbone: Backbone):

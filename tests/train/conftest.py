@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,9 +57,14 @@ def make_task() -> Callable[..., Classify]:
 
 @pytest.fixture
 def train(images, make_task) -> Callable[..., Any]:
-    """`train(task, out=…, resume=…, workers=…, hook=…, **config)`; `hook(number)` is called before every batch."""
+    """`train(task, out=…, resume=…, override=…, workers=…, hook=…, images=…, **config)`.
 
-    def run(task=None, *, out=None, resume=False, workers=0, hook=None, **changes):
+    `hook(number)` is called before every batch.
+    """
+
+    def run(
+        task=None, *, out=None, resume=False, override=(), workers=0, hook=None, images=images, **changes
+    ):  # fmt: skip
         config = TrainConfig(**(RECIPE | changes))
         task = make_task() if task is None else task
         plain = BatchAugment(config, task.backbone.preprocess, 3)
@@ -69,10 +75,10 @@ def train(images, make_task) -> Callable[..., Any]:
             return plain(batch, number)
 
         loaders = [
-            make_loader(part, batch_size=8, train=part is images[0], seed=config.seed, workers=workers)
+            make_loader(part, batch_size=config.batch_size, train=part is images[0], seed=config.seed, workers=workers)
             for part in images
         ]
-        return fit(task, *loaders, config, augment=augment, out=out, resume=resume)
+        return fit(task, *loaders, config, augment=augment, out=out, resume=resume, override=override)
 
     return run
 
@@ -107,6 +113,32 @@ def _forks_can_train() -> bool:
 def _train_quietly() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[[Callable[[int], None]], None]:
+    """Runs `work(rank)` in two processes of one run, as torchrun starts them, until both have ended well."""
+
+    def run(work: Callable[[int], None]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+        def one(rank: int) -> None:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "a run", "WORLD_SIZE": "2"}
+            os.environ.update(address | own)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work(rank)
+
+        both = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(60)
+            process.kill()
+        assert [process.exitcode for process in both] == [0, 0]
+
+    return run
 
 
 @pytest.fixture

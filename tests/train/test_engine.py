@@ -251,6 +251,7 @@ def test_a_batch_without_images_trains(make_task):
     """Views alone, as in self-supervision: counted, moved and made ready without an `image`."""
     task = make_task()
     task.check = lambda batch: None
+    task.weight = lambda batch: torch.tensor(4.0)
     task.forward = lambda batch: {"loss": sum(task.backbone(view).square().mean() for view in batch["views"])}
     views = [torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, 3, 4, 4)]
     history = fit(task, [{"views": views}] * 2, None, TrainConfig(epochs=2, device="cpu"))

@@ -13,9 +13,10 @@ from vitrail.train.finite import NonFiniteLoss, Place
 from vitrail.train.history import HistoryLog, LossMeter, Reading, write_csv
 
 
-def reading(loss, images=2, batch=0, blame=None, **parts):
+def reading(loss, images=2, batch=0, blame=None, labelled=None, **parts):
     place = Place(1, batch, step=40, lr=0.5, ids=("a.png", "b.png"))
-    return Reading({"loss": torch.tensor(loss), **parts}, images, place, blame)
+    weight = torch.tensor(float(images if labelled is None else labelled))
+    return Reading({"loss": torch.tensor(loss), **parts}, weight, images, place, blame)
 
 
 def log(name, mode):
@@ -27,6 +28,14 @@ def test_the_mean_is_over_images():
     meter.add(reading(1.0, images=3))
     meter.add(reading(5.0, images=1))
     assert (meter.totals, meter.images, meter.latest) == ({"loss": 8.0}, 4, 5.0)
+
+
+@pytest.mark.fault(31)
+def test_images_without_a_label_weigh_nothing_and_count_for_the_pace():
+    meter = LossMeter()
+    meter.add(reading(4.0, images=3, labelled=1))
+    meter.add(reading(0.0, images=3, labelled=0))
+    assert (meter.totals, meter.weight, meter.images) == ({"loss": 4.0}, 1, 6)
 
 
 def test_parts_are_summed_beside_the_loss():
@@ -73,11 +82,11 @@ def test_sums_are_taken_over_all_processes():
 
     def reduce(sums, reduce_op):
         seen.append(reduce_op)
-        return sums + torch.tensor([10.0, 20.0, 5.0])
+        return sums + torch.tensor([10.0, 20.0, 4.0, 5.0])
 
     strategy = SimpleNamespace(reduce=reduce, root_device="cpu")
     trainer = SimpleNamespace(world_size=2, strategy=strategy)
-    assert record._over_all_processes(trainer) == ({"loss": 13.0, "pixels": 26.0}, 8)
+    assert record._over_all_processes(trainer) == ({"loss": 13.0, "pixels": 26.0}, 7, 8)
     assert seen == ["sum"]
 
 

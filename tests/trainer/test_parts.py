@@ -68,7 +68,10 @@ def test_no_held_out_image_is_ever_trained_on(own: TrainConfig, trained_on: set[
     add_photos(own)
     fresh = load_splits(own)
     assert {*fresh.val.ids, *fresh.test.ids} != held_out, "a draw anew is another one"
-    resume_training(own.out, replace(own, epochs=2))
+    with pytest.raises(ValueError, match=r"images\.count was 4, got 16; .* --override images "):
+        resume_training(own.out, replace(own, epochs=2))
+    assert len([name for name in trained_on if "new" in name]) == 12
+    resume_training(own.out, replace(own, epochs=2), override=["images"])
     assert not trained_on & held_out
     assert len([name for name in trained_on if "new" in name]) == 12
     assert f"{own.data} has +12 images since its parts were drawn; new ones are for training" in caplog.messages

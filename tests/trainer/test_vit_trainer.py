@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vitrail.data.loading import get_data_loaders
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.models.vit import ViTConfig
@@ -195,3 +197,22 @@ def test_what_is_no_loader_is_refused(loaders: tuple[Any, ...]):
 def test_a_diverging_run_says_so():
     with pytest.raises(ValueError, match="loss must stay finite"):
         ViTTrainer(tiny(), device="cpu").train([(torch.full((2, 3, 8, 8), math.inf), torch.tensor([0, 1]))], epochs=1)
+
+
+@pytest.mark.fault(18, 19)
+def test_loaders_of_ones_own_that_skip_have_their_bad_images_in_the_folder(photos: Path, tmp_path: Path):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    for number in (1, 2):
+        path = data / "bright" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    loaders = get_data_loaders(f"folder:{data}", batch_size=4, val_fraction=0.3, on_bad_image="skip")
+    model = build_model("vit_debug", num_classes=2)
+    trainer = ViTTrainer(model, classes=("bright", "dark"), device="cpu", out=tmp_path / "run")
+    trainer.train(*loaders, epochs=1)
+    met = [line.partition(",")[0] for line in (tmp_path / "run" / "bad_images.csv").read_text().splitlines()[1:]]
+    used = {name for loader in loaders for name in loader.dataset.images.ids}
+    assert set(met) == used & {"bright/1.png", "bright/2.png"} != set()
+    assert "could not be read: no figure is of them" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ValueError, match="--out must name a new run"):
+        trainer.train(*loaders, epochs=1)
+    assert (tmp_path / "run" / "bad_images.csv").exists(), "a run that is refused removes nothing"

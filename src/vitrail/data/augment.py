@@ -22,7 +22,7 @@ from torch import Tensor
 from vitrail.data.operations import brightness, colour, contrast
 from vitrail.data.policies import BINS, POLICIES, Drawn, apply_operations, draw_rand
 from vitrail.names import check_choice, require
-from vitrail.records import Batch, Preprocess
+from vitrail.records import UNLABELLED, Batch, Preprocess
 
 Crop = Literal["auto", "pad", "resized", "none"]
 AutoAugment = Literal["none", "auto", "cifar10", "imagenet", "rand", "trivial"]
@@ -174,17 +174,19 @@ class BatchAugment:
         return flat.reshape(images.shape)
 
     def _labels(self, batch: Batch) -> Tensor:
-        """(B, K) shares of classes."""
+        """(B, K) shares of classes: none of any for an image without a label."""
         label, count = batch["label"], self.num_classes
         if label.is_floating_point():
             if label.shape[-1] != count:
                 raise ValueError(f"labels to be mixed are shares of {count} classes; got shape {tuple(label.shape)}")
             return label
         on_cpu = label.device.type == "cpu"  # reading from an accelerator waits for it
-        if on_cpu and not bool(((label >= 0) & (label < count)).all()):
+        label = label.long()
+        known = label != UNLABELLED
+        if on_cpu and not bool((~known | ((label >= 0) & (label < count))).all()):
             low, high = int(label.min()), int(label.max())
             raise ValueError(f"labels to be mixed must lie in 0 … {count - 1}; got {low} … {high}: mend the labels")
-        return F.one_hot(label.long(), count).to(torch.float32)
+        return F.one_hot(label.where(known, 0), count) * known[:, None].to(torch.float32)
 
     def _mix(self, images: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

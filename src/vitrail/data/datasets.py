@@ -11,15 +11,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from vitrail.data.augment import SMALL_SIDE
+from vitrail.data.badimages import OnBadImage
 from vitrail.data.bloodcells import bloodcells
 from vitrail.data.imagesets import FileSet, ImageSet, Splits, TensorSet, draw_stratified
-from vitrail.images import SUFFIXES, UnequalSizesError, open_image, read_images
-from vitrail.names import closest, require, shortened
+from vitrail.images import SUFFIXES, ImageError, UnequalSizesError, open_image, read_images
+from vitrail.names import check_choice, closest, require, shortened
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """what the folders of a data set's parts may be called"""
@@ -62,6 +64,8 @@ class DataConfig:
     """processes that decode images; 0 decodes in the main one, which is best for small images in memory"""
     worker_timeout: float = 300
     """seconds in which a batch must come from those processes; 0 waits for ever"""
+    on_bad_image: OnBadImage = "raise"
+    """end at an image that cannot be read, or skip it: training draws another, figures leave it out, both count it"""
     val_fraction: float = 0.05
     """share of every class set aside for validation, and for test, where the data names no such part"""
     in_memory: bool | None = None
@@ -74,6 +78,7 @@ class DataConfig:
         split_name(self.data)
         for name, least in (("batch_size", 1), ("workers", 0)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        check_choice("--on-bad-image", self.on_bad_image, get_args(OnBadImage))
         require(0 <= self.worker_timeout <= DAY, "worker_timeout", f"lie in 0 to {DAY}, a day", self.worker_timeout)
         require(0 <= self.seed <= MOST_SEED, "seed", "lie in 0 to 2**63 - 1", self.seed)
         require(self.img_size is None or self.img_size >= 1, "img_size", "be at least 1, or none", self.img_size)
@@ -104,8 +109,8 @@ Ids = Mapping[str, Sequence[str]]
 def load_splits(config: DataConfig, drawn: Ids | None = None) -> Splits:
     """The images that `config.data` names. Parts that it does not name are drawn, or are those of `drawn` again.
 
-    Raises `DataError`, also where an image of the former draw is gone, naming it; `ImageError` for small images that
-    cannot be read.
+    An image that cannot be read keeps its place, so that no draw depends on it. Raises `DataError`, also where an image
+    of the former draw is gone, naming it; `ImageError` for small images that cannot be read, unless they are skipped.
     """
     source, path = split_name(config.data)
     return _complete(SOURCES[source](config, path), config, drawn)
@@ -241,12 +246,14 @@ def _draw_again(whole: ImageSet, names: Sequence[str], former: Ids, config: Data
 
 
 def _read_parts(root: Path, folders: Mapping[str, Path], config: DataConfig) -> dict[str, ImageSet]:
-    train = image_folder(folders["train"], base=root, in_memory=config.in_memory)
+    def read(path: Path, classes: Sequence[str] | None = None) -> ImageSet:
+        return image_folder(
+            path, classes=classes, base=root, in_memory=config.in_memory, on_bad_image=config.on_bad_image
+        )
+
+    train = read(folders["train"])
     others = {name: path for name, path in folders.items() if name != "train"}
-    return {"train": train} | {
-        name: image_folder(path, classes=train.classes, base=root, in_memory=config.in_memory)
-        for name, path in others.items()
-    }
+    return {"train": train} | {name: read(path, train.classes) for name, path in others.items()}
 
 
 def part_folders(root: Path) -> dict[str, Path]:
@@ -268,11 +275,13 @@ def image_folder(
     classes: Sequence[str] | None = None,
     base: Path | None = None,
     in_memory: bool | None = None,
+    on_bad_image: OnBadImage = "raise",
 ) -> ImageSet:
     """All images below `root`, whose folders are the classes; ids are paths relative to `base` (`root` unless given).
 
     `classes` fixes names and order, as a part of a larger set needs it. Raises `DataError` where the folder is missing,
-    holds no class folders, fewer than two, or one without images, or a class that `classes` does not name.
+    holds no class folders, fewer than two, or one without images, or a class that `classes` does not name; `ImageError`
+    for images to be held in memory that cannot be read. With `skip` those keep their place, and raise when asked for.
     """
     root = _existing(Path(root))
     found = _class_folders(root, classes)
@@ -285,7 +294,7 @@ def image_folder(
     labels = torch.tensor([names.index(name) for name in found for _ in files[name]])
     ids = [path.relative_to(base or root).as_posix() for path in paths]
     _say_deep(root, paths)
-    return _held(paths, labels, names, ids, in_memory)
+    return _held(paths, labels, names, ids, in_memory, on_bad_image == "skip")
 
 
 def _say_deep(root: Path, paths: Sequence[Path]) -> None:
@@ -320,22 +329,32 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _held(
-    paths: list[Path], labels: Tensor, names: tuple[str, ...], ids: list[str], in_memory: bool | None
+    paths: list[Path], labels: Tensor, names: tuple[str, ...], ids: list[str], in_memory: bool | None, skip: bool
 ) -> ImageSet:
-    if in_memory or (in_memory is None and _look_small(paths)):
+    if in_memory or (in_memory is None and _look_small(paths, skip)):
+        unread: dict[int, str] = {}
         try:
-            return TensorSet(read_images(paths), labels, names, ids)
+            return TensorSet(read_images(paths, unread if skip else None), labels, names, ids, unread)
         except UnequalSizesError:
             if in_memory:
                 raise
     return FileSet(paths, labels, names, ids)
 
 
-def _look_small(paths: Sequence[Path]) -> bool:
+def _look_small(paths: Sequence[Path], skip: bool) -> bool:
     """Judged by 32 images spread over the set; an odd one found later only costs the time of having tried."""
-    sizes = {open_image(path).size for path in paths[:: max(1, len(paths) // 32)]}
-    width, height = max(sizes)
+    sizes = {size for path in paths[:: max(1, len(paths) // 32)] if (size := _size(path, skip))}
+    width, height = max(sizes, default=(0, 0))
     return len(sizes) == 1 and max(width, height) <= SMALL_SIDE and 3 * width * height * len(paths) <= SMALL_BYTES
+
+
+def _size(path: Path, skip: bool) -> tuple[int, int] | None:
+    try:
+        return open_image(path).size
+    except ImageError:
+        if not skip:
+            raise
+        return None
 
 
 def _existing(path: Path) -> Path:

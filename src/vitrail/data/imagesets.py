@@ -6,9 +6,10 @@ Legend: `N` images, `B` a batch of them, `C`, `H`, `W` channels, height and widt
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vitrail.images import read_image
+from vitrail.images import ImageError, read_image
 from vitrail.records import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess
 
 DECODED_SIZE = 224
@@ -129,27 +130,49 @@ def _stacked(key: str, values: list[Any]) -> Tensor:
 
 
 class TensorSet(ImageSet):
-    """Small images of one size, held as one uint8 tensor (N, C, H, W)."""
+    """Small images of one size, held as one uint8 tensor (N, C, H, W).
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], ids: Sequence[str]) -> None:
+    `unread` says, by row, why images could not be read: they are black, have no part in the statistics, and to ask for
+    one raises `ImageError`.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        ids: Sequence[str],
+        unread: Mapping[int, str] | None = None,
+    ) -> None:
         self.images, self.labels, self.classes, self.ids = images, labels, tuple(classes), ids
         self.size = (images.shape[-2], images.shape[-1])
+        self.unread = dict(unread or {})
 
     def image(self, index: int) -> Tensor:
+        if index in self.unread:
+            raise ImageError(self.unread[index])
         return self.images[index]
 
     def subset(self, indices: Tensor) -> TensorSet:
-        ids = [self.ids[index] for index in indices.tolist()]
-        return TensorSet(self.images[indices], self.labels[indices], self.classes, ids)
+        rows = indices.tolist()
+        unread = {place: self.unread[row] for place, row in enumerate(rows) if row in self.unread}
+        return TensorSet(
+            self.images[indices], self.labels[indices], self.classes, [self.ids[row] for row in rows], unread
+        )
 
     def gather(self, indices: Sequence[int]) -> Batch:
+        if bad := self.unread.keys() & set(indices):
+            raise ImageError(self.unread[min(bad)])
         rows = torch.as_tensor(indices)
         return Batch(image=self.images[rows], label=self.labels[rows], id=[self.ids[index] for index in indices])
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        read = [row for row in range(len(self)) if row not in self.unread] if self.unread else slice(None)
+        if not read:
+            return super().statistics()
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in self.images.unbind(1):
+        for channel in self.images[read].unbind(1):
             weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
             mean = float(weights @ values)
             means.append(round(mean, 6))
@@ -202,6 +225,12 @@ class Splits:
             "drawn": {part: list(parts[part].ids) for part in self.drawn},
         }
 
+    def part(self, name: str) -> list[ImageSet]:
+        """The images of `train`, `val` or `test`, or, for `all`, those of every part once."""
+        if name != "all":
+            return [getattr(self, name)]
+        return [self.train, self.val, *([] if self.test is self.val else [self.test])]
+
     def digests(self) -> dict[str, str]:
         """sha256 of the sorted ids of every part that was drawn: tells whether a draw is the same again."""
         return {
@@ -219,6 +248,17 @@ class Splits:
             img_size=(img_size, img_size) if img_size else own, mean=mean, std=std,
             crop_pct=1.0 if self.train.size else DECODED_CROP,
         )  # fmt: skip
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `Splits.record` gave, from its JSON. Raises `ValueError` where it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"drawn": dict(record["drawn"]), "classes": record["classes"], "counts": record["counts"], **record}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must say which images were held out; it cannot be read ({error!r}): put it back, or train anew"
+        ) from None
 
 
 def draw_stratified(labels: Tensor, ids: Sequence[str], fraction: float, parts: int, seed: int) -> list[Tensor]:

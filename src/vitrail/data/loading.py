@@ -10,23 +10,27 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from vitrail.data.augment import TIED, AugmentConfig
+from vitrail.data.badimages import OnBadImage
 from vitrail.data.datasets import DataConfig, load_splits
 from vitrail.data.imagesets import ImageSet, Sample, collate
 from vitrail.data.transforms import Transform, eval_transform, train_transform
-from vitrail.data.watch import Board, WatchedLoader
-from vitrail.names import require
-from vitrail.records import Batch
+from vitrail.data.watch import Board, Drawn, WatchedLoader
+from vitrail.images import ImageError
+from vitrail.names import check_choice, require
+from vitrail.records import UNLABELLED, Batch
 
 WORKERS_A_CORE = 8
 """more than that wait for each other, and each takes memory of its own"""
+TRIES = 20
+"""images in a row that may be unreadable before training ends: where half of all are, one row in a million is so"""
 
 
 class Pick(NamedTuple):
@@ -113,37 +117,79 @@ class OrderedBatches(Sampler[list[Pick]]):
             self.epoch, self.start = epoch + 1, 0
 
 
-class Drawing(Dataset[Batch]):
+class Drawing(Dataset[Drawn]):
     """An image set behind a transform, drawn a batch at a time.
 
     A transform that is not random takes the whole batch at once where the images share a size; a random one takes image
     by image under a seed of its own, and leaves torch's global generators as they were.
+
+    An image that cannot be read raises `ImageError`, or, to `skip` it, gives way to another where `train` says so (its
+    place in batch and augmentation is the same), and is left out where not: a batch then holds fewer images than were
+    picked, and where all are left out one black image without a label, which no figure counts.
     """
 
-    def __init__(self, images: ImageSet, transform: Transform | None, seed: int, board: Board) -> None:
+    def __init__(
+        self, images: ImageSet, transform: Transform | None, seed: int, board: Board, *, train: bool, skip: bool
+    ) -> None:
         if transform is None and images.size is None:
             raise ValueError("images of many sizes need a transform to one: give transform=eval_transform(preprocess)")
         self.images, self.transform, self.seed, self.board = images, transform, seed, board
+        self.train, self.skip = train, skip
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, picks: Sequence[Pick]) -> Batch:
-        transform = self.transform
-        if self.images.size is None or (transform is not None and transform.random):
-            return collate([self._single(pick, cast(Transform, transform)) for pick in picks])
+    def __getitems__(self, picks: Sequence[Pick]) -> Drawn:
+        if self.images.size is not None and not (self.transform and self.transform.random):
+            try:
+                return Drawn(self._at_once(picks), {}, len(picks))
+            except ImageError:
+                if not self.skip:
+                    raise
+        bad: dict[str, str] = {}
+        samples = [self._cut(pick, sample) for pick in picks if (sample := self._read(pick, bad)) is not None]
+        return Drawn(collate(samples or [self._blank(picks[0])]), bad, len(samples))
+
+    def _at_once(self, picks: Sequence[Pick]) -> Batch:
         self.board.begin(picks[0].row)
         batch = self.images.gather([pick.row for pick in picks])
-        return batch if transform is None else Batch(**{**batch, "image": _moved(transform, batch)})
+        return batch if self.transform is None else Batch(**{**batch, "image": _moved(self.transform, batch)})
 
-    def _single(self, pick: Pick, transform: Transform) -> Sample:
-        self.board.begin(pick.row)
-        sample = self.images[pick.row]
-        if not transform.random:
-            return Sample(**{**sample, "image": _moved(transform, sample)})
+    def _read(self, pick: Pick, bad: dict[str, str]) -> Sample | None:
+        """The image that was picked or the one that is drawn for it; None for one to be left out. Fills `bad`."""
+        rows = self._rows(pick)
+        for row in rows:
+            self.board.begin(row)
+            try:
+                return self.images[row]
+            except ImageError as error:
+                if not self.skip:
+                    raise
+                bad[self.images.ids[row]] = why = str(error)
+        if self.train:
+            raise ImageError(
+                f"--on-bad-image skip met {len(rows)} images in a row that cannot be read; the last: {why}"
+            )
+        return None
+
+    def _rows(self, pick: Pick) -> list[int]:
+        """The row that was picked, then those to be tried in its place: a function of seed, epoch and row."""
+        tries = range(1, TRIES) if self.train else ()
+        return [pick.row, *(draw_seed(self.seed, pick.epoch, pick.row, n) % len(self.images) for n in tries)]
+
+    def _cut(self, pick: Pick, sample: Sample) -> Sample:
+        if self.transform is None:
+            return sample
+        if not self.transform.random:
+            return Sample(**{**sample, "image": _moved(self.transform, sample)})
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))  # the CPU's alone
-            return Sample(**{**sample, "image": _moved(transform, sample)})
+            return Sample(**{**sample, "image": _moved(self.transform, sample)})
+
+    def _blank(self, pick: Pick) -> Sample:
+        """For a batch that lost all its images: processes must share every pass, and no kernel takes an empty one."""
+        black = torch.zeros(3, *(self.images.size or (1, 1)), dtype=torch.uint8)
+        return self._cut(pick, Sample(image=black, label=UNLABELLED, id=self.images.ids[pick.row]))
 
 
 def _moved(transform: Transform, item: Sample | Batch) -> Tensor:
@@ -185,18 +231,27 @@ def make_loader(
     timeout: float = 300,
     rank: int | None = None,
     world: int | None = None,
-) -> DataLoader[Batch]:
+    on_bad_image: OnBadImage = "raise",
+) -> WatchedLoader:
     """A loader of raw batches: image uint8 (B, C, H, W), label (B,) int64, id.
 
     `train` shuffles, every epoch anew; otherwise every image comes once, in order. `loader.batch_sampler` is an
-    `OrderedBatches`, whose `set_epoch` goes to any epoch. Raises `ValueError` for images of many sizes without a
-    `transform`, and for many more workers than this machine has cores; while iterating `ImageError`, naming the file,
-    and `LoaderError` for a worker that died or, for `timeout` seconds (0: for ever), gave no batch.
+    `OrderedBatches`, whose `set_epoch` goes to any epoch.
+
+    `on_bad_image="skip"` names and counts in `loader.bad` (`BadImages`) what cannot be read. To `train`, another image
+    is drawn in its place, a function of (seed, epoch, row); nothing else of the batch, and no other batch, is changed.
+    Otherwise it is left out: there are as many batches as without it, of which one has fewer images. Where a batch has
+    lost all, it holds one black image with the label -100, which is none: losses and figures leave it out.
+
+    Raises `ValueError` for images of many sizes without a `transform`, and for many more workers than this machine has
+    cores; while iterating `ImageError`, naming the file, or, to skip, where many in a row or all that are to be judged
+    cannot be read; and `LoaderError` for a worker that died or, for `timeout` seconds (0: for ever), gave no batch.
     """
     check_workers(workers)
+    check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
     order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world)
     board = Board(workers)
-    drawing = Drawing(images, transform, seed, board)
+    drawing = Drawing(images, transform, seed, board, train=train, skip=on_bad_image == "skip")
     own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one
     return WatchedLoader(
         drawing, board=board, names=images.ids, timeout=timeout if workers else 0, batch_sampler=order,
@@ -214,19 +269,25 @@ def get_data_loaders(
     seed: int = 0,
     val_fraction: float = 0.05,
     download: bool = False,
-) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    on_bad_image: OnBadImage = "raise",
+) -> tuple[WatchedLoader, WatchedLoader]:
     """Training and validation loaders for `data`, as the flags of the same names make them.
 
-    Images are raw: (B, 3, img_size, img_size) uint8. Raises `DataError` where the data is not found.
+    Images are raw: (B, 3, img_size, img_size) uint8. Raises `DataError` where the data is not found, and what
+    `make_loader` raises.
     """
     config = DataConfig(
         data=data, data_dir=data_dir, batch_size=batch_size, img_size=img_size, workers=workers, seed=seed,
-        val_fraction=val_fraction, download=download,
+        val_fraction=val_fraction, download=download, on_bad_image=on_bad_image,
     )  # fmt: skip
     splits = load_splits(config)
     preprocess = splits.preprocess(img_size)
     cuts = train_transform(preprocess, AugmentConfig()), eval_transform(preprocess)
-    return (
-        make_loader(splits.train, batch_size=batch_size, train=True, transform=cuts[0], seed=seed, workers=workers),
-        make_loader(splits.val, batch_size=batch_size, train=False, transform=cuts[1], seed=seed, workers=workers),
-    )
+    train, val = (
+        make_loader(
+            images, batch_size=batch_size, train=images is splits.train, transform=cut, seed=seed, workers=workers,
+            on_bad_image=on_bad_image,
+        )
+        for images, cut in zip((splits.train, splits.val), cuts, strict=True)
+    )  # fmt: skip
+    return train, val

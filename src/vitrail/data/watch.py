@@ -2,6 +2,8 @@
 
 worker ── writes the image it begins with ──> board (shared memory)          main process ── a batch is missing?
                                                    └──────────────── reads ─────────────────────┘
+
+What a worker could not read it sends along with the batch; the main process takes it up and hands on the batch alone.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from vitrail.data.badimages import BadImages, counted
+from vitrail.images import ImageError
 from vitrail.records import Batch
 
 IDLE = -1
@@ -45,20 +49,31 @@ class Board:
         return None if row == IDLE else (row, (time.monotonic_ns() - since) / 1e9)
 
 
+class Drawn(NamedTuple):
+    """What a worker gives."""
+
+    batch: Batch
+    bad: dict[str, str]
+    """the images that it met and could not read: id -> why"""
+    read: int
+    """how many of the batch are images of the set"""
+
+
 class WatchedLoader(DataLoader[Batch]):
     """A `DataLoader` whose `RuntimeError`s about workers become `LoaderError`s that name worker, image and path.
 
     `timeout` is in seconds, for each batch; 0 waits for ever. Workers that hang are ended with the error.
+    `bad` are the images that were met and could not be read; loaders of one run may share it.
     """
 
     def __init__(self, *args: Any, board: Board, names: Sequence[str], **options: Any) -> None:
         super().__init__(*args, **options)
-        self._board, self._names = board, names
+        self._board, self._names, self.bad = board, names, BadImages()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         inner = super().__iter__()
         try:
-            yield from inner
+            yield from self._taken(inner)
         except (RuntimeError, OSError, EOFError) as error:  # a batch may be lost on its way from a worker that died
             workers = list(getattr(inner, "_workers", []))
             hangs = "timed out" in str(error)
@@ -68,6 +83,17 @@ class WatchedLoader(DataLoader[Batch]):
             message = self._hanging(workers) if hangs else self._dead(workers, gone)
             self._end(inner, workers)
             raise LoaderError(message) from None
+
+    def _taken(self, inner: Iterator[Any]) -> Iterator[Batch]:
+        """The batches alone. Raises `ImageError` where none of a pass has an image."""
+        read, met = 0, dict[str, str]()
+        for number, drawn in enumerate(inner, 1):
+            self.bad.add(drawn.bad)
+            read, met = read + drawn.read, met | drawn.bad
+            if not read and number == len(self):
+                first = next(iter(met.values()))
+                raise ImageError(f"figures need an image that can be read; got {counted(len(met))}, none is: {first}")
+            yield drawn.batch
 
     def _dead(self, workers: list[Any], gone: list[int]) -> str:
         how = "; ".join(f"worker {n} {_cause(workers[n].exitcode)} while at {self._place(n)}" for n in gone)

@@ -60,6 +60,13 @@ class Task(nn.Module, ABC):
         A loop that calls it before the batch goes to a device spares that device a wait.
         """
 
+    def weight(self, batch: Batch) -> Tensor:
+        """How many images the loss of a batch is the mean over: what it counts for in an epoch's. By default all.
+
+        0-dimensional, on the task's device.
+        """
+        return torch.full((), float(batch_count(batch)), device=self.device)
+
     def layer_groups(self) -> list[list[str]]:
         """Parameter names from input to output, every one once; the task's own come after the backbone's."""
         groups = [[f"backbone.{name}" for name in group] for group in self.backbone.layer_groups()]

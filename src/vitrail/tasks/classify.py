@@ -3,8 +3,10 @@
     images (B, C, H, W) -> backbone -> logits (B, K) of each head -> mean of the heads' cross-entropies
                                     -> mean logits -> softmax -> the best classes, by name
 
-Labels are class indices (B,) or, where images were mixed, shares of classes (B, K). Pixels that the batch marks as
-padding (`pad_mask`) are hidden from the backbone.
+Labels are class indices (B,) or, where images were mixed, shares of classes (B, K). An image may have no label: the
+index -100, PyTorch's `ignore_index`, or shares of zero. The loss is the mean over what is labelled, zero with zero
+gradients where nothing is, and figures count labelled images alone. Pixels that the batch marks as padding (`pad_mask`)
+are hidden from the backbone.
 
 Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
 """
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.models.backbone import Backbone
-from vitrail.records import Batch, Classification
+from vitrail.records import UNLABELLED, Batch, Classification
 from vitrail.tasks.base import Mode, Task
 
 if TYPE_CHECKING:
@@ -61,12 +63,20 @@ class Classify(Task):
         return class_names(known if len(known) == count else (), count)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`: the heads' mean cross-entropy, with label smoothing. Raises `ValueError` for bad labels."""
+        """`loss`: the heads' mean cross-entropy over what is labelled, with label smoothing.
+
+        Raises `ValueError` for bad labels.
+        """
         self.check(batch)
         label = _target(batch["label"])
-        heads = self.backbone.forward_heads(self.backbone.forward_features(*self._seen(batch)))
-        losses = [F.cross_entropy(logits, label, label_smoothing=self.label_smoothing) for logits in heads]
-        return {"loss": torch.stack(losses).mean()}
+        heads = self.backbone.heads(*self._seen(batch))
+        losses = [_cross_entropy(logits, label, self.label_smoothing).sum() for logits in heads]
+        weight = labelled(label).sum()
+        return {"loss": torch.stack(losses).mean() / weight.where(weight > 0, 1)}
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The labelled images of a batch; one whose label is shares of classes counts as much as they add up to."""
+        return labelled(_target(batch["label"])).sum()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K), the heads averaged as the backbone averages them, in fp32 at least."""
@@ -76,13 +86,16 @@ class Classify(Task):
         """Fresh figures, as the class's docstring lists them, on the task's device."""
         from vitrail.tasks.scores import classification_scores  # torchmetrics takes seconds to import
 
-        return classification_scores(self.num_classes).to(self.device)
+        return classification_scores(self.num_classes, UNLABELLED).to(self.device)
 
     def update(self, metrics: MetricCollection, batch: Batch) -> None:
-        """Adds a batch; of a soft label the largest share is the true class, but `loss` takes all of it."""
+        """Adds the labelled images of a batch.
+
+        Of a soft label the largest share is the true class, but `loss` takes all of it.
+        """
         self.check(batch)
         label, logits = _target(batch["label"]), self.logits(batch)
-        losses = F.cross_entropy(logits, label, reduction="none")
+        losses = _cross_entropy(logits, label)[labelled(label) > 0]
         metrics.update(preds=logits, target=hard_labels(label), value=losses)
 
     def predict(self, batch: Batch, top: int = 5) -> list[Classification]:
@@ -104,17 +117,18 @@ class Classify(Task):
                 f"label must be class indices ({size},) or float shares ({size}, {count}); "
                 f"got {tuple(label.shape)} of {label.dtype}"
             )
-        if not soft and label.device.type == "cpu" and not bool(((label >= 0) & (label < count)).all()):
+        if not soft and label.device.type == "cpu" and not bool(_sound(label.long(), count).all()):
             raise ValueError(self._out_of_range(batch))
 
     def _out_of_range(self, batch: Batch) -> str:
-        labels = batch["label"].tolist()
+        labels = batch["label"].long()
         ids = batch.get("id") or [f"image {row} of the batch" for row in range(len(labels))]
-        wrong = [f"{name} has {k}" for name, k in zip(ids, labels, strict=True) if not 0 <= k < self.num_classes]
+        bad = (~_sound(labels, self.num_classes)).nonzero().flatten().tolist()
+        wrong = [f"{ids[row]} has {int(labels[row])}" for row in bad]
         named = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         return (
             f"a label must lie in 0 … {self.num_classes - 1}, for {self.num_classes} classes; {named}: "
-            "mend the labels, or give the model more classes (num_classes)"
+            f"mend the labels ({UNLABELLED} is an image without one), or give the model more classes (num_classes)"
         )
 
     def _seen(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -157,6 +171,25 @@ def _target(label: Tensor) -> Tensor:
     return label if label.is_floating_point() else label.long()
 
 
+def _sound(label: Tensor, count: int) -> Tensor:
+    return ((label >= 0) & (label < count)) | (label == UNLABELLED)
+
+
+def labelled(label: Tensor) -> Tensor:
+    """(B,) float: 1 for an image with a class index and 0 for `UNLABELLED`; of shares (B, K) their sum."""
+    return label.sum(-1) if label.is_floating_point() else (label != UNLABELLED).float()
+
+
+def _cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
+    """(B,) each image's own; where a label is shares that add up to less than one, only that much of it."""
+    if not label.is_floating_point():
+        return F.cross_entropy(logits, label, label_smoothing=smoothing, ignore_index=UNLABELLED, reduction="none")
+    spread = labelled(label)[:, None] / logits.shape[-1]
+    return F.cross_entropy(logits, label.lerp(spread, smoothing), reduction="none")
+
+
 def hard_labels(label: Tensor) -> Tensor:
-    """Class indices (B,) as they are; of shares (B, K) the largest."""
-    return label.argmax(-1) if label.is_floating_point() else label
+    """Class indices (B,) as they are; of shares (B, K) the largest, or `UNLABELLED` where there are none."""
+    if not label.is_floating_point():
+        return label
+    return label.argmax(-1).where(labelled(label) > 0, UNLABELLED)

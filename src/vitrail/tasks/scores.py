@@ -32,12 +32,12 @@ from torchmetrics.classification import (
 )
 
 
-def classification_scores(num_classes: int) -> MetricCollection:
-    """All figures above. `update(preds=logits (B, K), target=(B,), value=losses (B,))` adds a batch.
+def classification_scores(num_classes: int, unlabelled: int) -> MetricCollection:
+    """All figures above. `update(preds=logits (B, K), target=(B,), value=losses (n,))` adds a batch.
 
-    Targets are taken as checked: here nothing waits for the device.
+    Images whose target is `unlabelled` do not count; `value` leaves them out. Targets are taken as checked.
     """
-    given: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    given: dict[str, Any] = {"num_classes": num_classes, "ignore_index": unlabelled, "validate_args": False}
     unknown: dict[str, Any] = {**given, "zero_division": math.nan}
     return MetricCollection(
         {
@@ -48,7 +48,7 @@ def classification_scores(num_classes: int) -> MetricCollection:
             "recall": MulticlassRecall(average="none", **unknown),
             "f1": MulticlassF1Score(average="none", **unknown),
             "confusion": MulticlassConfusionMatrix(**given),
-            "calibration": Reliability(),
+            "calibration": Reliability(unlabelled),
         }
     )
 
@@ -65,7 +65,7 @@ class BalancedAccuracy(MulticlassConfusionMatrix):
 class Reliability(Metric):
     """Confidence against accuracy: `reliability` (bins, 3) and `ece`, as the module's table says.
 
-    `update(preds (B, K) logits, target (B,))`. An empty bin is a row of zeros.
+    `update(preds (B, K) logits, target (B,))` leaves out targets that are `unlabelled`. An empty bin is a row of zeros.
     """
 
     full_state_update = False
@@ -74,11 +74,11 @@ class Reliability(Metric):
     confidence: Tensor
     correct: Tensor
 
-    def __init__(self, bins: int = 15) -> None:
+    def __init__(self, unlabelled: int, bins: int = 15) -> None:
         super().__init__()
         if bins < 1:
             raise ValueError(f"bins must be at least 1; got {bins}")
-        self.bins = bins
+        self.unlabelled, self.bins = unlabelled, bins
         self.add_state("count", torch.zeros(bins, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("confidence", torch.zeros(bins), dist_reduce_fx="sum")
         self.add_state("correct", torch.zeros(bins, dtype=torch.long), dist_reduce_fx="sum")
@@ -87,6 +87,7 @@ class Reliability(Metric):
         confidence, answer = preds.float().softmax(-1).max(-1)
         index = ((confidence * self.bins).ceil().long() - 1).clamp(0, self.bins - 1)
         member = index[:, None] == torch.arange(self.bins, device=index.device)  # (B, bins)
+        member &= (target != self.unlabelled)[:, None]
         self.count += member.sum(0)
         self.confidence += (member * confidence[:, None]).sum(0)
         self.correct += (member & (answer == target)[:, None]).sum(0)

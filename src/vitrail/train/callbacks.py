@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from vitrail.train.history import HistoryLog
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+LOG = logging.getLogger("vitrail")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGREE_EVERY = 20
 """optimiser steps between two agreements of all processes on whether one of them got a signal"""
@@ -126,7 +128,10 @@ def _handlers() -> dict[int, Any]:
 
 
 class TensorBoardLog(Callback):
-    """Each epoch's figures as TensorBoard events in `folder`. Raises `ValueError` if the package is missing."""
+    """Each epoch's figures as TensorBoard events in `folder`. Raises `ValueError` if the package is missing.
+
+    Where the events cannot be written, which is said once, the run goes on without them.
+    """
 
     def __init__(self, record: HistoryLog, folder: Path) -> None:
         try:
@@ -141,14 +146,16 @@ class TensorBoardLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._writer = self._open(str(self.folder), purge_step=len(self.record.history) + 1)
+            with self._or_without():
+                self._writer = self._open(str(self.folder), purge_step=len(self.record.history) + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = self.record.history.rows[-1]
-        if self._writer:
-            for name, value in row.items():
-                self._writer.add_scalar(name, value, int(row["epoch"]))
-            self._writer.flush()
+        with self._or_without():
+            if self._writer:
+                for name, value in row.items():
+                    self._writer.add_scalar(name, value, int(row["epoch"]))
+                self._writer.flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -157,6 +164,19 @@ class TensorBoardLog(Callback):
         self._close()
 
     def _close(self) -> None:
-        if self._writer:
-            self._writer.close()
-        self._writer = None
+        writer, self._writer = self._writer, None
+        with self._or_without():
+            if writer:
+                writer.close()
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """An error of the writer ends the events, not the run."""
+        try:
+            yield
+        except Exception as error:  # whatever a writer of somebody else's raises
+            self._writer = None  # not closed: that would wait for the thread that failed
+            LOG.warning(
+                "TensorBoard's events in %s cannot be written (%s): training goes on without them, and history.csv "
+                "and checkpoints hold its figures", self.folder, getattr(error, "strerror", None) or error,
+            )  # fmt: skip

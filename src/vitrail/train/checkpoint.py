@@ -44,13 +44,21 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(path, *args, **kwargs)
-        if missing := sorted(KEPT - set(checkpoint)):
-            raise ValueError(
-                f"a run is gone on with from a checkpoint that it wrote itself; {path} lacks {', '.join(missing)}: "
-                "take the run's own last.ckpt, or start a new run"
-            )
-        return checkpoint
+        return _of_a_run(super().load_checkpoint(path, *args, **kwargs), path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint with its tensors left on the disk. Raises `ValueError` for one that no run here wrote."""
+    return _of_a_run(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+
+
+def _of_a_run(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    if missing := sorted(KEPT - set(checkpoint)):
+        raise ValueError(
+            f"a run is gone on with from a checkpoint that it wrote itself; {path} lacks {', '.join(missing)}: "
+            "take the run's own last.ckpt, or start a new run"
+        )
+    return checkpoint
 
 
 class Checkpoints(Callback):

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +29,7 @@ from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
 from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, handlers_kept
+from vitrail.train.changes import Start, go_on, told
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
@@ -37,16 +37,15 @@ from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
-from vitrail.train.progress import ProgressBar
+from vitrail.train.progress import ProgressBar, quiet
 from vitrail.train.resume import (
     EpochLoader,
     Loader,
-    refuse_changes,
+    begin_epoch_anew,
     refuse_empty,
     refuse_unshared,
     same_kernels,
     sharing_order,
-    told,
 )
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -54,14 +53,6 @@ LOG = logging.getLogger("vitrail")
 DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
-EXPECTED_WARNINGS = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch's pytree the old way
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # `EpochLoader` goes on where it ended
-    r"GPU available but not used",  # --device cpu was asked for
-    r"You defined a `validation_step` but have no `val_dataloader`",
-    r"The `srun` command is available on your system but is not used",
-    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts
-)
 Augment = Callable[[Batch, int], Batch]
 
 
@@ -73,6 +64,20 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
+class Job(NamedTuple):
+    """A run against which nothing speaks any more."""
+
+    task: Task
+    train_loader: Loader
+    val_loader: Loader | None
+    config: TrainConfig
+    device: str
+    augment: Augment | None
+    folder: Path | None
+    start: Start
+    notes: Mapping[str, Any]
+
+
 def fit(
     task: Task,
     train_loader: Loader,
@@ -82,6 +87,7 @@ def fit(
     augment: Augment | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    override: Collection[str] = (),
     notes: Mapping[str, Any] | None = None,
 ) -> History:
     """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
@@ -91,15 +97,16 @@ def fit(
     without, nothing is written and it ends with the last. Weights are the running average's where `config.ema` is on.
     `notes` join recipe and figures in the model's card.
     A resumed run goes on where it stood: on the CPU, and on a GPU with `config.deterministic` as far as it has such
-    kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`.
+    kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`. What then differs from before, other than
+    by name in `override`, is an error: see `train.changes`.
 
     Raises `ValueError` for a device that is not here, an empty loader, several processes without a sampler that gives
     each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
-    none of a run's, a run that was told something else, or a folder in which another process trains; `NonFiniteLoss`
-    when training diverges; `Interrupted` on a signal.
+    none of a run's, a run that was told something else, or a folder in which another process trains; `OSError` where
+    a checkpoint cannot be written; `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
-    refuse_start(folder, resume)
+    refuse_start(folder, resume, override)
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
@@ -107,33 +114,27 @@ def fit(
         task.backbone.check_savable()  # before training, not after it
     with claimed(folder):
         refuse_start(folder, resume)  # nobody else writes there any more
-        checkpoint = newest_whole(folder / "checkpoints") if folder and resume else None
-        return _fit(task, train_loader, val_loader, config, device, augment, folder, checkpoint, notes or {})
+        start = _start(folder, resume, told(config, task, train_loader) if folder else {}, task, override)
+        return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
 
 
-def _fit(
-    task: Task,
-    train_loader: Loader,
-    val_loader: Loader | None,
-    config: TrainConfig,
-    device: str,
-    augment: Augment | None,
-    folder: Path | None,
-    checkpoint: Path | None,
-    notes: Mapping[str, Any],
-) -> History:
-    """The run itself, when nothing speaks against it any more."""
+def _start(folder: Path | None, resume: bool, now: dict[str, Any], task: Task, override: Collection[str]) -> Start:
+    return go_on(newest_whole(folder / "checkpoints"), now, task, override) if folder and resume else Start(now)
+
+
+def _fit(job: Job) -> History:
+    task, config, folder = job.task, job.config, job.folder
     guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
-    meter = LossMeter(1 if device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
+    meter = LossMeter(1 if job.device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
     record = HistoryLog(meter, guard, task.monitor, folder)
     ema = WeightEma(task, config.ema) if config.ema else None
     stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
-    trainer = _trainer(config, device, _callbacks(config, record, ema, stop, folder), folder)
+    trainer = _trainer(config, job.device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
-        _open_folder(folder, train_loader)
-    with _quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(device):
+        _open_folder(folder, job.train_loader)
+    with quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(job.device):
         try:
-            _run(trainer, TaskModule(task, config, augment, record), train_loader, val_loader, checkpoint)
+            _run(trainer, job, record)
             stop.heed(trainer)
         except StopRequested:
             raise Interrupted(_farewell(folder, record, config.epochs), stop.signal or 0) from None
@@ -142,7 +143,7 @@ def _fit(
         if trainer.is_global_zero:
             task.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],
-                **notes,
+                **job.notes,
             )  # fmt: skip
         trainer.strategy.barrier()  # no process may look for a model that is still being written
     elif ema:
@@ -153,13 +154,14 @@ def _fit(
 class TaskModule(LightningModule):
     """A task in Lightning's terms: what happens to a batch, in a step and in validation."""
 
-    def __init__(self, task: Task, config: TrainConfig, augment: Augment | None, record: HistoryLog) -> None:
+    def __init__(self, job: Job, record: HistoryLog) -> None:
         super().__init__()
-        self.task, self.config, self.augment, self.record = task, config, augment, record
+        self.task, self.config, self.augment, self.record = job.task, job.config, job.augment, record
+        self.start = job.start
 
     def on_fit_start(self) -> None:
-        if self.record.out and self.trainer.is_global_zero:  # a resumed run has been checked by now
-            self.config.to_yaml(self.record.out / "config.yaml")
+        if self.record.out and self.trainer.is_global_zero:
+            self.config.to_yaml(self.record.out / "config.yaml", header="\n".join(self.start.told["overridden"]))
         self.metrics = self.task.metrics()
         _train(self.task)
 
@@ -183,12 +185,14 @@ class TaskModule(LightningModule):
         losses = self.task(batch)
         parts = {name: part.detach() for name, part in losses.items()}
         blame = partial(first_bad_layer, self.task, batch) if self.record.meter.every == 1 else None
-        self.record.meter.add(Reading(parts, batch_count(batch), self._place(batch, batch_idx), blame))
+        place = self._place(batch, batch_idx)
+        self.record.meter.add(Reading(parts, self.task.weight(batch), batch_count(batch), place, blame))
         return losses["loss"] * self._share(batch_idx)
 
     def _place(self, batch: Batch, batch_idx: int) -> Place:
         trainer, ids = self.trainer, tuple(batch.get("id", ()))
-        self.last = Place(trainer.current_epoch, batch_idx, trainer.global_step, self.learning_rate(), ids)
+        step = self.step(batch_idx)
+        self.last = Place(trainer.current_epoch, batch_idx, step, self.learning_rate(step), ids)
         return self.last
 
     def _share(self, batch_idx: int) -> float:
@@ -206,22 +210,36 @@ class TaskModule(LightningModule):
         """Optimiser steps; the batches left over at an epoch's end make a step of their own."""
         return math.ceil(self.batches_per_epoch / self.config.accumulate)
 
-    def learning_rate(self) -> float:
-        """That of the next optimiser step."""
+    def step(self, batch_idx: int) -> int:
+        """The optimiser step (from 0) of this batch in a run whose epochs all have as many steps as this one.
+
+        Other than the steps that were taken, it knows where the schedule stands after their number was overridden.
+        """
+        return self.trainer.current_epoch * self.steps_per_epoch + batch_idx // self.config.accumulate
+
+    def learning_rate(self, step: int) -> float:
         config, steps = self.config, self.steps_per_epoch
         warmup = warmup_steps(config, steps)
-        return warmup_cosine(self.trainer.global_step, config.epochs * steps, warmup, config.lr, config.min_lr)
+        return warmup_cosine(step, config.epochs * steps, warmup, config.lr, config.min_lr)
 
     def configure_optimizers(self) -> Optimizer:
-        return make_optimizer(
+        optimizer = make_optimizer(
             self.task, self.config, fused=self.config.precision != "fp16"
         )  # whose scaler must come first
+        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
+        return optimizer
+
+    def on_train_start(self) -> None:
+        groups = self.trainer.optimizers[0].param_groups
+        for group, decay in zip(groups, self.decays, strict=True):  # a checkpoint brings the one of its time
+            group["weight_decay"] = decay
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.step(batch_idx)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate() * group.get("lr_scale", 1.0)
+            group["lr"] = self.learning_rate(step) * group.get("lr_scale", 1.0)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.task.after_step(self.trainer.global_step + 1, self.config.epochs * self.steps_per_epoch)
+        self.task.after_step(step + 1, self.config.epochs * self.steps_per_epoch)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Clips by the norm over all parameters; Lightning's own way refuses a fused AdamW in mixed precision."""
@@ -245,16 +263,22 @@ class TaskModule(LightningModule):
         self.record.figures = {f"val_{name}": score for name, score in scores.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["told"] = told(self.config)
+        checkpoint["told"] = self.start.told
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_changes(checkpoint["told"], self.config)
+        if self.start.anew:
+            begin_epoch_anew(checkpoint)
 
 
-def refuse_start(folder: Path | None, resume: bool) -> None:
-    """Raises `ValueError` where there is no checkpoint to go on from, or one that would be overwritten."""
+def refuse_start(folder: Path | None, resume: bool, override: Collection[str] = ()) -> None:
+    """Raises `ValueError` where there is no checkpoint to go on from, or one that would be overwritten.
+
+    And where something would be overridden in a run that is new.
+    """
     place = folder / "checkpoints" if folder else None
     found = place is not None and has_checkpoints(place)
+    if override and not resume:
+        raise ValueError(f"--override is for a run that is gone on with; got {' '.join(override)} without --resume")
     if resume and not found:
         raise ValueError(f"--resume needs a run that wrote {place or 'checkpoints'}; found none: start one with --out")
     if found and not resume:
@@ -304,7 +328,7 @@ def _callbacks(
 
 def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder: Path | None) -> Trainer:
     limit = DEBUG_BATCHES if config.debug else None
-    with _quiet():
+    with quiet():
         return Trainer(
             accelerator=device, devices=config.devices, num_nodes=config.num_nodes, use_distributed_sampler=False,
             precision=PRECISIONS[config.precision], plugins=[WholeFiles()], callbacks=callbacks,
@@ -321,28 +345,10 @@ def _open_folder(folder: Path, loader: Loader) -> None:
         LOG.warning("this loader has an order of its own: a resumed run will not repeat it bit for bit")
 
 
-def _run(
-    trainer: Trainer, module: TaskModule, train_loader: Loader, val_loader: Loader | None, checkpoint: Path | None
-) -> None:
-    val = EpochLoader(val_loader, trainer) if val_loader is not None else None
-    trainer.fit(module, EpochLoader(train_loader, trainer), val, ckpt_path=checkpoint, weights_only=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning without its small talk; warnings that are not expected still show."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _run(trainer: Trainer, job: Job, record: HistoryLog) -> None:
+    val = EpochLoader(job.val_loader, trainer) if job.val_loader is not None else None
+    train, checkpoint = EpochLoader(job.train_loader, trainer), job.start.checkpoint
+    trainer.fit(TaskModule(job, record), train, val, ckpt_path=checkpoint, weights_only=True)
 
 
 def _farewell(folder: Path | None, record: HistoryLog, epochs: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from vitrail.records import History
 from vitrail.tasks.base import Mode
 from vitrail.train.finite import MEND, FiniteGuard, NonFiniteLoss, Place
 
+LOG = logging.getLogger("vitrail")
 Row = dict[str, float]
 
 
@@ -27,6 +29,8 @@ class Reading(NamedTuple):
 
     losses: dict[str, Tensor]
     """`loss` and the task's other parts, each 0-dimensional"""
+    weight: Tensor
+    """0-dimensional: how many images the loss is the mean over"""
     images: int
     place: Place
     blame: Callable[[], str] | None = None
@@ -36,6 +40,7 @@ class Reading(NamedTuple):
 class LossMeter:
     """The loss and its parts, summed over the running epoch's images. They are read in bunches of `every` batches.
 
+    Each batch counts by the images that its loss is the mean over; `images` counts all that passed, for their pace.
     `skipping` leaves out batches whose loss is not finite, where otherwise `NonFiniteLoss` is raised.
     """
 
@@ -46,7 +51,7 @@ class LossMeter:
     def reset(self) -> None:
         self.unread: list[Reading] = []
         self.totals: Row = {}
-        self.images, self.latest = 0, math.nan
+        self.weight, self.images, self.latest = 0.0, 0, math.nan
 
     def add(self, reading: Reading) -> None:
         """Takes note of a batch. Raises `NonFiniteLoss` when a loss that is read is not finite."""
@@ -59,11 +64,12 @@ class LossMeter:
         unread, self.unread = self.unread, []
         if not unread:
             return
-        values = iter(torch.stack([x.detach().float() for r in unread for x in r.losses.values()]).tolist())
+        numbers = (number for reading in unread for number in (*reading.losses.values(), reading.weight))
+        values = iter(torch.stack([number.detach().float() for number in numbers]).tolist())
         for reading in unread:
-            self._count(reading, {name: next(values) for name in reading.losses})
+            self._count(reading, {name: next(values) for name in reading.losses}, next(values))
 
-    def _count(self, reading: Reading, losses: Row) -> None:
+    def _count(self, reading: Reading, losses: Row, weight: float) -> None:
         loss = losses["loss"]
         if not math.isfinite(loss):
             if self.skipping:
@@ -76,7 +82,8 @@ class LossMeter:
                 "with --on-nan skip:N"
             )
         for name, value in losses.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value * reading.images
+            self.totals[name] = self.totals.get(name, 0.0) + value * weight
+        self.weight += weight
         self.images += reading.images
         self.latest = loss
 
@@ -96,6 +103,7 @@ class HistoryLog(Callback):
         self.history = History()
         self.figures: Row = {}
         """what validation found in the running epoch"""
+        self._written = True
         self._seconds = self._training = 0.0
         self._started = time.perf_counter()
 
@@ -113,30 +121,45 @@ class HistoryLog(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.meter.flush()
         self.guard.flush()
-        totals, images = self._over_all_processes(trainer)
+        totals, weight, images = self._over_all_processes(trainer)
         seconds = self.seconds
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{f"train_{name}": total / max(images, 1) for name, total in totals.items()},
+            **{f"train_{name}": total / (weight or 1) for name, total in totals.items()},
             **({"skipped_steps": self.guard.skipped} if self.guard.allowed else {}),
             **self.figures,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / max(self._training or seconds, 1e-9), 1),
         })  # fmt: skip
         if self.out and trainer.is_global_zero:
-            write_csv(self.out / "history.csv", self.history.rows)
+            self._write(self.out / "history.csv")
 
-    def _over_all_processes(self, trainer: Trainer) -> tuple[Row, int]:
+    def _write(self, path: Path) -> None:
+        """All rows, so that what could not be written comes with the next epoch; said once, until it can be again."""
+        try:
+            write_csv(path, self.history.rows)
+        except OSError as error:
+            if self._written:
+                LOG.warning(
+                    "%s cannot be written (%s): training goes on, and checkpoints hold its figures",
+                    path, error.strerror or error,
+                )  # fmt: skip
+            self._written = False
+        else:
+            self._written = True
+
+    def _over_all_processes(self, trainer: Trainer) -> tuple[Row, float, int]:
+        """Totals, weight and images, as the meter has them."""
         names, meter = sorted(self.meter.totals, key="loss".__ne__), self.meter  # the loss first
         if trainer.world_size == 1:
-            return {name: meter.totals[name] for name in names}, meter.images
+            return {name: meter.totals[name] for name in names}, meter.weight, meter.images
         sums = torch.tensor(
-            [*(meter.totals[name] for name in names), meter.images],
+            [*(meter.totals[name] for name in names), meter.weight, meter.images],
             dtype=torch.float64, device=trainer.strategy.root_device,
         )  # fmt: skip
-        *totals, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        return dict(zip(names, totals, strict=True)), int(images)
+        *totals, weight, images = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return dict(zip(names, totals, strict=True)), weight, int(images)
 
     @property
     def seconds(self) -> float:
@@ -157,9 +180,9 @@ class HistoryLog(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.meter.flush()
         self.guard.flush()
-        totals, images = self._over_all_processes(trainer)
+        totals, weight, images = self._over_all_processes(trainer)
         checkpoint["history"] = {
-            "rows": self.history.rows, "totals": totals, "images": images, "seconds": self.seconds,
+            "rows": self.history.rows, "totals": totals, "weight": weight, "images": images, "seconds": self.seconds,
             "skipped": self.guard.skipped,
         }  # fmt: skip
 
@@ -167,7 +190,8 @@ class HistoryLog(Callback):
         saved = checkpoint["history"]
         self.history.rows[:], self._seconds, self.guard.skipped = saved["rows"], saved["seconds"], saved["skipped"]
         if trainer.is_global_zero:  # what all processes had seen, counted once
-            self.meter.totals, self.meter.images = dict(saved["totals"]), saved["images"]
+            self.meter.totals, self.meter.weight = dict(saved["totals"]), saved["weight"]
+            self.meter.images = saved["images"]
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

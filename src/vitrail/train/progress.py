@@ -1,8 +1,12 @@
-"""What a run shows: one line an epoch, and below it, on a terminal, a live bar."""
+"""What a run shows: one line an epoch, below it, on a terminal, a live bar, and nothing of Lightning's own."""
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +19,15 @@ from vitrail.train.history import HistoryLog, Row
 
 SHOWN = {"train_loss": ("loss", ".4f"), "val_loss": ("val_loss", ".4f"), "val_accuracy": ("val_accuracy", ".4f")}
 """figures of an epoch's line: their names there and their formats; the monitored one is always shown"""
+EXPECTED_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch's pytree the old way
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # `EpochLoader` goes on where it ended
+    r"GPU available but not used",  # --device cpu was asked for
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    r"The `srun` command is available on your system but is not used",
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # an average was overridden
+)
 
 
 class ProgressBar(Callback):
@@ -82,3 +95,20 @@ def epoch_line(row: Row, epochs: int, monitor: str, left: float) -> str:
     head = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
     pace = f"lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
     return "  ".join([head, *figures, pace, f"left {timedelta(seconds=round(left))}"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its small talk; warnings that are not expected still show."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

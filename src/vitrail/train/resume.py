@@ -4,17 +4,15 @@
 |---------------------|--------------------------------------------------------------------------------------|
 | the same images     | a sampler that is a pure function of (seed, epoch), told where to begin              |
 | the same randomness | a seed for every batch, from (seed, number of the batch over all epochs, process)    |
-| the same recipe     | `refuse_changes`: only where a run runs, how long, and what it shows may change      |
-| the same kernels    | always on the CPU; on a GPU `same_kernels`, as far as PyTorch has such kernels       |
+| the same recipe     | `train.changes`: only where a run runs, how long, and what it shows may change       |
+| the same kernels    | `same_kernels`: on a GPU as far as PyTorch has such                                  |
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Protocol
 
@@ -24,14 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from vitrail.data.loading import OrderedBatches
+from vitrail.layers.linear import plain_linear
 from vitrail.train.config import TrainConfig
 
-LOG = logging.getLogger("vitrail")
-FREE = frozenset({
-    "out", "data_dir", "download", "in_memory", "workers", "worker_timeout", "device", "deterministic",
-    "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan",
-})  # fmt: skip
-"""fields that a resumed run may be told anew: they decide neither what is learnt from nor how"""
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """without which cuBLAS need not repeat itself; it is read when the first matrices are multiplied"""
 
@@ -66,6 +59,13 @@ class EpochLoader:
         elif self.trainer.training and order is not None:
             order.set_epoch(epoch)
         yield from islice(self.loader, start, None)
+
+
+def begin_epoch_anew(checkpoint: dict[str, Any]) -> None:
+    """Makes a checkpoint say that the epoch that was running has not begun; at an epoch's end it says so already."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for counts in (progress["current"], progress["total"]):
+        counts["ready"] = counts["started"] = counts["processed"]
 
 
 def sharing_order(loader: Loader) -> OrderedBatches | DistributedSampler[Any] | None:
@@ -111,41 +111,20 @@ def _described(loader: Loader) -> str:
     return type(loader).__name__
 
 
-def told(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of the run's config."""
-    return asdict(config)
+@contextmanager
+def same_kernels(wanted: bool) -> Iterator[None]:
+    """No kernel that a timing chooses; and, if `wanted`, on a GPU only such as repeat themselves bit for bit.
 
-
-def refuse_changes(before: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raises `ValueError` for any field outside `FREE` that differs from what the run was told `before`.
-
-    `epochs` may change, so that a run can be made longer, and is told of: the learning rate of every step depends on
-    it, so such a run is not the one that was told so from the start.
+    PyTorch warns of those that do not. Attention keeps to its flash and plain kernels, since the backward pass of the
+    others adds up in any order. cuBLAS is held too if the process has not multiplied matrices on the GPU before. All is
+    restored afterwards.
     """
-    now = told(config)
-    changed = {name: said for name, said in before.items() if name in now and said != now[name]}
-    if other := [name for name in changed if name not in FREE]:
-        said = "; ".join(f"--{name.replace('_', '-')} was {before[name]}, got {now[name]}" for name in other)
-        raise ValueError(
-            f"a resumed run must be told what it was told before; {said}: take the old values, or a new --out"
-        )
-    if "epochs" in changed:
-        LOG.warning(
-            "--epochs was %d and is %d: from here on the learning rate follows the schedule of %d",
-            before["epochs"], config.epochs, config.epochs,
-        )  # fmt: skip
+    with plain_linear(), _repeating() if wanted else nullcontext():
+        yield
 
 
 @contextmanager
-def same_kernels(wanted: bool) -> Iterator[None]:
-    """PyTorch held to kernels that repeat themselves bit for bit; it warns of those that do not. Restored afterwards.
-
-    Attention keeps to its flash and plain kernels, since the backward pass of the others adds up in any order. cuBLAS
-    is held too if the process has not multiplied matrices on the GPU before.
-    """
-    if not wanted:
-        yield
-        return
+def _repeating() -> Iterator[None]:
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     workspace, timed = os.environ.get(WORKSPACE), torch.backends.cudnn.benchmark
     with ExitStack() as back:

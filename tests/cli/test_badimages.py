@@ -1,0 +1,93 @@
+"""`--on-bad-image skip` from the command to the page: a run, its resumption, an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Said = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def damaged(photos: Path, tmp_path: Path) -> Path:
+    """The pictures of `photos`, three of them no more: cut short, empty, and text."""
+    folder = shutil.copytree(photos, tmp_path / "damaged")
+    cut, empty, text = (folder / name for name in ("bright/0.png", "bright/3.png", "dark/2.png"))
+    cut.write_bytes(cut.read_bytes()[:300])
+    empty.write_bytes(b"")
+    text.write_text("no picture")
+    return folder
+
+
+def skipped(out: Path) -> dict[str, str]:
+    with (out / "bad_images.csv").open(encoding="utf-8", newline="") as file:
+        return {row["id"]: row["reason"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.fault(18, 19)
+@pytest.mark.parametrize("how", ["", "--in-memory no", "--in-memory no --workers 1"])
+def test_a_run_with_broken_images_ends_and_says_which(
+    how: str, damaged: Path, tiny: list[str], tmp_path: Path, said: Said
+):
+    out = tmp_path / "run"
+    words = ["train", *tiny, "--data", f"folder:{damaged}", "--out", out, *how.split()]
+    _, err = said(*words, code=2)
+    assert re.search(r"error: .*\d\.png: ", err)
+    shutil.rmtree(out, ignore_errors=True)
+    _, err = said(*words, "--on-bad-image", "skip")
+    names = ["bright/0.png", "bright/3.png", "dark/2.png"]
+    assert sorted(skipped(out)) == names
+    assert all(reason.startswith(f"{damaged / name}: ") for name, reason in skipped(out).items())
+    lines = err.splitlines()
+    assert sorted(line.split(": ")[1] for line in lines if line.startswith("left out: ")) == [
+        str(damaged / name) for name in names
+    ]
+    assert f"3 images could not be read and took no part: {out / 'bad_images.csv'} names them" in lines
+    page = re.sub(r"<[^>]+>", "", (out / "report.html").read_text())
+    assert f"Of folder:{damaged}, 3 images could not be read: no figure is of them" in page
+    metrics = json.loads((out / "metrics.json").read_text())
+    held_out = json.loads((out / "splits.json").read_text())["drawn"]["test"]
+    assert metrics["images"] == len(set(held_out) - set(names)) == sum(map(sum, metrics["confusion"]))
+    assert metrics["bad_images"] == 3
+
+
+@pytest.mark.fault(18, 19)
+def test_a_run_that_met_one_goes_on_when_told_to_skip(
+    photos: Path, tiny: list[str], tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+):
+    data, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    said("train", *tiny, "--data", f"folder:{data}", "--in-memory", "no", "--out", out)
+    drawn = json.loads((out / "splits.json").read_text())["drawn"]
+    bad = next(path for path in sorted(data.glob("*/*.png")) if not _held_out(path, drawn))
+    bad.write_bytes(b"")
+    more = ["train", "--resume", out, "--epochs"]
+    _, err = said(*more, "3", code=2)
+    assert f"error: {bad}: " in err
+    said(*more, "3", "--on-bad-image", "skip")
+    assert list(skipped(out)) == [f"{bad.parent.name}/{bad.name}"]
+    _, err = said(*more, "4")
+    assert "left out: " not in err, "it was told of before"
+    assert "1 image could not be read" in err
+
+
+def _held_out(path: Path, drawn: dict[str, list[str]]) -> bool:
+    return any(f"{path.parent.name}/{path.name}" in names for names in drawn.values())
+
+
+@pytest.mark.fault(18, 19)
+def test_eval_says_of_how_many_images_its_figures_are(run: Path, damaged: Path, said: Said):
+    words = ["eval", run, "--data", f"folder:{damaged}", "--split", "all", "--device", "cpu"]
+    _, err = said(*words, code=2)
+    assert re.search(r"error: .*\d\.png: ", err)
+    out, err = said(*words, "--on-bad-image", "skip")
+    assert "images 9 of 12, 3 unreadable left out" in [" ".join(line.split()) for line in out.splitlines()]
+    assert len([line for line in err.splitlines() if line.startswith("left out: ")]) == 3
+    figures = json.loads(said(*words, "--on-bad-image", "skip", "--json")[0])
+    assert (figures["images"], figures["unreadable"]) == (9, 3)
+    assert sum(map(sum, figures["confusion"])) == 9

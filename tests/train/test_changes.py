@@ -1,0 +1,246 @@
+"""A run that is gone on with under other settings, images, processes or with another network."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitrail.data.imagesets import TensorSet
+from vitrail.train import engine
+from vitrail.train.changes import FREE, changes, go_on, told
+from vitrail.train.checkpoint import read
+from vitrail.train.config import TrainConfig
+from vitrail.train.engine import Interrupted, fit
+
+SAID = "a resumed run must be told what it was told before; "
+
+
+def stop_at(batch):
+    def hook(number):
+        if number == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return hook
+
+
+@pytest.fixture
+def stopped(train, tmp_path) -> Path:
+    """A run of three epochs of eight batches, stopped in the middle of the second."""
+    with pytest.raises(Interrupted):
+        train(out=tmp_path / "run", hook=stop_at(11))
+    return tmp_path / "run"
+
+
+def other(part: TensorSet, **change: Any) -> TensorSet:
+    return TensorSet(
+        **{"images": part.images, "labels": part.labels, "classes": part.classes, "ids": part.ids} | change
+    )
+
+
+# ---- what is refused
+
+
+@pytest.mark.fault(45)
+def test_what_is_learnt_and_how_must_stay(train, stopped):
+    message = f"{SAID}--lr was 0.01, got 0.1; --accumulate was 1, got 2: take the old values, or a new --out; or go on"
+    with pytest.raises(ValueError, match=message):
+        train(out=stopped, resume=True, lr=0.1, accumulate=2)
+    assert TrainConfig.from_yaml(stopped / "config.yaml").lr == 1e-2
+
+
+@pytest.mark.fault(45)
+def test_every_setting_is_compared(make_task):
+    """Whatever it is called and of whatever kind."""
+    config, task, loader = TrainConfig(), make_task(), [1]
+    before, kinds = told(config, task, loader), get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        words = get_args(kinds[field.name])
+        value = next((word for word in words if word != field.default and isinstance(word, str)), "another")
+        (change,) = changes(before, before | {field.name: value})
+        assert (change.name, change.was, change.found) == (field.name, getattr(config, field.name), value)
+    assert set(before) > FREE
+
+
+@pytest.mark.fault(45)
+def test_another_network_of_the_same_shapes_is_refused(train, make_task, stopped):
+    task = make_task()
+    task.backbone.config = type(task.backbone.config)(**vars(task.backbone.config) | {"num_heads": 4})
+    with pytest.raises(ValueError, match=rf"{SAID}network.num_heads was 2, got 4: take .*--override network \("):
+        train(task, out=stopped, resume=True)
+    with pytest.raises(ValueError, match=r"network.drop_path_rate was 0.0, got 0.2: "):
+        train(make_task(drop_path_rate=0.2), out=stopped, resume=True)
+
+
+@pytest.mark.fault(45)
+def test_another_preprocessing_is_refused(train, make_task, stopped):
+    task = make_task()
+    task.backbone.preprocess = task.backbone.preprocess.replace(mean=(0.4,) * 3)
+    with pytest.raises(ValueError, match=r"preprocess.mean was \(0.5, 0.5, 0.5\), got \(0.4, 0.4, 0.4\): take"):
+        train(task, out=stopped, resume=True)
+
+
+@pytest.mark.fault(45)
+def test_weights_that_do_not_fit_cannot_be_overridden(train, make_task, stopped):
+    wide, words = make_task(mlp_ratio=2), ("network",)
+    message = (
+        r"network.mlp_ratio was .*; weights do not fit, which nothing can override: backbone\.blocks\.0\.mlp\.fc1\."
+        r"weight was \(64, 16\), got \(32, 16\), .* and 3 more: take the old values, or a new --out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(wide, out=stopped, resume=True, override=words)
+    more = make_task()
+    more.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"told before; weights do not fit, .*: scale was not there, got \(1,\): take"):
+        train(more, out=stopped, resume=True)
+
+
+@pytest.mark.fault(45)
+def test_other_images_are_refused(train, images, stopped):
+    plain = images[0]
+    labels = plain.labels.clone()
+    labels[7] = (labels[7] + 1) % 3
+    others = {
+        "labels": other(plain, labels=labels),
+        "names": other(plain, ids=["another", *plain.ids[1:]]),
+        "order": plain.subset(torch.tensor([3, 1, 2, 0, *range(4, 60)])),  # whose labels stay
+    }
+    for part in others.values():
+        with pytest.raises(ValueError, match=rf"{SAID}images.sha256 was \w{{16}}, got \w{{16}}: take"):
+            train(out=stopped, resume=True, images=(part, images[1]))
+    with pytest.raises(ValueError, match=rf"{SAID}images.count was 60, got 59; images.sha256 was .*--override images "):
+        train(out=stopped, resume=True, images=(plain.subset(torch.arange(59)), images[1]))
+
+
+@pytest.mark.fault(45)
+def test_a_loader_of_ones_own_is_known_by_its_batches(images, make_task, tmp_path):
+    config = TrainConfig(epochs=1, device="cpu")
+    loaders = [DataLoader(TensorDataset(images[0].images, images[0].labels), batch_size=size) for size in (20, 30)]
+    fit(make_task(), loaders[0], None, config, out=tmp_path)
+    assert len(fit(make_task(), loaders[0], None, config, out=tmp_path, resume=True)) == 1
+    with pytest.raises(ValueError, match=f"{SAID}images.batches was 3, got 2: take"):
+        fit(make_task(), loaders[1], None, config, out=tmp_path, resume=True)
+
+
+@pytest.mark.fault(45)
+def test_all_that_differs_is_in_one_error_and_the_error_says_how_to_go_on(train, make_task, images, stopped):
+    changed = {"lr": 0.1, "batch_size": 16, "images": (images[0].subset(torch.arange(48)), images[1])}
+    with pytest.raises(ValueError, match=SAID) as refused:
+        train(make_task(drop_rate=0.5), out=stopped, resume=True, **changed)
+    names = re.search(r"--override ([\w ]+) \(in Python, override=\((.*)\)\)$", str(refused.value))
+    assert names[1].split() == ["lr", "batch_size", "network", "images"] == re.findall(r"\w+", names[2])
+    for missing in names[1].split():
+        some = [name for name in names[1].split() if name != missing]
+        with pytest.raises(ValueError, match=SAID):
+            train(make_task(drop_rate=0.5), out=stopped, resume=True, override=some, **changed)
+    history = train(make_task(drop_rate=0.5), out=stopped, resume=True, override=names[1].split(), **changed)
+    assert history["epoch"] == [1, 2, 3]
+
+
+@pytest.mark.fault(45)
+def test_names_that_nothing_has(train, stopped, tmp_path):
+    for name, mend in (("leraning", "leave it out"), ("batch_sise", "did you mean batch_size?"), ("epochs", "")):
+        with pytest.raises(ValueError, match=rf"may not change otherwise; got '{name}': {re.escape(mend)}"):
+            train(out=stopped, resume=True, override=[name])
+    with pytest.raises(ValueError, match="for a run that is gone on with; got lr without --resume"):
+        train(out=tmp_path / "new", override=["lr"])
+    assert not (tmp_path / "new").exists()
+
+
+# ---- what is overridden
+
+
+@pytest.mark.fault(45)
+def test_what_is_overridden_is_said_once_and_written_down(train, stopped, caplog):
+    """In the config of the run, for good; and the run may be gone on with as it is now."""
+    with pytest.raises(Interrupted):
+        train(out=stopped, resume=True, lr=0.1, flip=0.0, override=["lr", "flip"], hook=stop_at(14))
+    said = [message for message in caplog.messages if "--override" in message]
+    assert said == ["--override changes this run from epoch 2 on: --lr 0.01 -> 0.1; --flip 0.5 -> 0.0"]
+    train(out=stopped, resume=True, lr=0.1, flip=0.0)
+    assert len([message for message in caplog.messages if "--override" in message]) == 1
+    assert (
+        (stopped / "config.yaml")
+        .read_text()
+        .startswith("# overridden from epoch 2 on: --lr 0.01 -> 0.1\n# overridden from epoch 2 on: --flip 0.5 -> 0.0\n")
+    )
+    assert TrainConfig.from_yaml(stopped / "config.yaml").lr == 0.1
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize(("change", "batches"), [({"batch_size": 16}, 4), ({"batch_size": 4}, 15), ({"seed": 7}, 8)])
+@pytest.mark.parametrize("stop", [3, 7, 11, 15])
+def test_another_batch_size_begins_the_epoch_anew(stop, change, batches, train, make_task, images, tmp_path, caplog):
+    """Each epoch that follows has all its images once, and its own learning rate."""
+    seen, whole = [], train(**change)
+    with pytest.raises(Interrupted):
+        train(out=tmp_path, hook=stop_at(stop))
+    task = make_task()
+    plain = task.forward
+    task.forward = lambda batch: (seen.append(batch["id"]), plain(batch))[1]
+    history = train(task, out=tmp_path, resume=True, override=list(change), **change)
+    begun = 1 if stop < 7 else 2 if stop < 15 else 3
+    assert len(seen) == (4 - begun) * batches
+    for epoch in range(4 - begun):
+        names = [name for batch in seen[epoch * batches : (epoch + 1) * batches] for name in batch]
+        assert sorted(names) == sorted(images[0].ids)
+    assert history["epoch"] == [1, 2, 3]
+    assert history["lr"][begun - 1 :] == whole["lr"][begun - 1 :]
+    assert f"from epoch {begun} on, which begins anew: " in caplog.text
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize(("name", "found", "anew"), [
+    ("batch_size", 9, True), ("accumulate", 9, True), ("devices", 9, True), ("num_nodes", 9, True), ("seed", 9, True),
+    ("debug", True, True), ("images", {"count": 9}, True), ("lr", 9, False), ("network", {"depth": 9}, False),
+])  # fmt: skip
+def test_what_decides_which_images_make_a_step_begins_the_epoch_anew(name, found, anew, make_task, stopped):
+    last = stopped / "checkpoints" / "last.ckpt"
+    now = read(last)["told"] | {name: found}
+    assert go_on(last, now, make_task(), [name]).anew == anew
+    assert not go_on(last, read(last)["told"], make_task(), [name]).anew  # it was named, but is as it was
+
+
+@pytest.mark.fault(45)
+def test_the_rate_of_every_step_follows_the_epochs(train, stopped, monkeypatch):
+    rates, plain = [], engine.warmup_cosine
+
+    def watched(step, total, *args):
+        rates.append((step, total))
+        return plain(step, total, *args)
+
+    monkeypatch.setattr(engine, "warmup_cosine", watched)
+    train(out=stopped, resume=True, accumulate=4, override=["accumulate"])
+    steps = list(dict.fromkeys(rates))
+    assert steps == [(step, 6) for step in (2, 3, 4, 5)]  # two an epoch, of which the first is over
+
+
+@pytest.mark.fault(45)
+def test_weight_decay_and_averages_can_be_overridden(train, make_task, stopped, monkeypatch):
+    """What a checkpoint brings along of the old ones has no say."""
+    made, plain = [], engine.make_optimizer
+    monkeypatch.setattr(engine, "make_optimizer", lambda *args, **kw: made.append(plain(*args, **kw)) or made[-1])
+    changed = {"weight_decay": 0.3, "ema": 0.9}
+    train(make_task(), out=stopped, resume=True, override=list(changed), **changed)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [0.3, 0.0]
+    history = train(make_task(), out=stopped, resume=True, epochs=4, weight_decay=0.3, ema=0.0, override=["ema"])
+    assert len(history) == 4
+
+
+@pytest.mark.fault(45)
+@pytest.mark.forks
+def test_another_number_of_processes(train, make_task, in_two_processes, tmp_path):
+    in_two_processes(lambda rank: train(out=tmp_path, epochs=2, devices=2))
+    with pytest.raises(ValueError, match=f"{SAID}--devices was 2, got 1: take .*--override devices "):
+        train(out=tmp_path, resume=True)
+    seen = []
+    history = train(out=tmp_path, resume=True, override=["devices"], hook=seen.append)
+    assert history["epoch"] == [1, 2, 3]
+    assert seen == list(range(16, 24))
