@@ -358,3 +358,37 @@ def test_a_linked_folder_is_replaced_where_it_stands(tmp_path: Path, model: Path
     assert (tmp_path / "link").is_symlink()
     assert read_weights(model)["a.weight"][0, 0] == 2
     shutil.rmtree(model)
+
+
+@pytest.mark.fault(7)
+@pytest.mark.skipif(os.name != "posix", reason="measured by `resource` in a forked process")
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("stated", [10**15, 10**8, 2**64 - 1])
+def test_a_monstrous_header_costs_nothing(model: Path, manifest: bool, stated: int):
+    """In a process of its own: the peak of this one may be far above what it holds now, and hide any cost."""
+    import multiprocessing
+    from resource import RUSAGE_SELF, getrusage  # not on every system
+
+    (model / "model.safetensors").write_bytes(stated.to_bytes(8, "little") + b"{}")
+    (model / "manifest.json").write_text(folder._manifest(model))
+    if not manifest:
+        (model / "manifest.json").unlink()
+
+    def measured(pipe: Any) -> None:
+        before, start, error = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter(), ""
+        try:
+            read_weights(model)
+        except FolderError as refused:
+            error = str(refused)
+        pipe.send((error, time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss - before))
+
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=measured, args=(there,))
+    process.start()
+    assert here.poll(30)
+    error, seconds, size = here.recv()
+    process.join()
+    assert "not a readable safetensors" in error
+    assert seconds < 1
+    assert size * (1 if sys.platform == "darwin" else 1024) < 50e6

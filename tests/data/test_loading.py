@@ -290,7 +290,7 @@ def test_images_of_many_sizes_need_a_transform(make_folder):
         make_loader(images, batch_size=2, train=False)
 
 
-@pytest.mark.fault(18, 19)
+@pytest.mark.fault(18, 19, 38)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named_even_by_a_worker(make_folder, workers):
     root = make_folder("cat", "dog")
@@ -327,3 +327,16 @@ def test_seeds_are_spread():
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert draw_seed(0, 1) == draw_seed(0, 1) != draw_seed(1, 0)
+
+
+@pytest.mark.fault(39)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_workers_do_not_change_random_parts(photos):
+    """Of pictures in which no two parts are alike."""
+    images, crop, seen = image_folder(photos, in_memory=False), RandomResizedCrop(TINY, 0.2), []
+    for workers in (0, 1, 4):
+        torch.manual_seed(workers)  # must not matter
+        seen.append(list(make_loader(images, batch_size=5, train=True, transform=crop, seed=3, workers=workers)))
+    for other in seen[1:]:
+        assert [batch["id"] for batch in seen[0]] == [batch["id"] for batch in other]
+        assert all(torch.equal(one["image"], two["image"]) for one, two in zip(seen[0], other, strict=True))

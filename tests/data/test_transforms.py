@@ -145,3 +145,12 @@ def test_a_strip_is_not_enlarged_whole(shape, monkeypatch):
     assert cut.shape == (3, 16, 16)
     assert max(made[0]) < 16 * 16 * 2
     assert (cut.int() - 128).abs().max() <= 2
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize(("own", "target"), [(49, 1), (98, 2), (47, 3), (55, 224), (71, 224)])
+def test_rounding_never_makes_a_picture_too_small(own, target):
+    """own * (target / own) < target in floating point."""
+    for height, width in ((own, own), (own, 2 * own), (2 * own, own)):
+        done = eval_transform(Preprocess(img_size=(target, target), crop_pct=1.0))(picture(height, width))
+        assert done.shape == (3, target, target)

@@ -78,10 +78,9 @@ def test_a_worker_that_hangs_is_named_and_ended():
 
 
 @pytest.mark.fault(38)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_fails_in_a_worker_is_named(workers):
+def test_an_image_that_fails_in_a_worker_is_named():
     with pytest.raises(ImageError, match=r"^p/13\.png: not a readable image$"):
-        list(loader(fail, workers=workers)) if workers else fail()
+        list(loader(fail))
 
 
 def test_a_loader_goes_on_after_an_error():
@@ -100,3 +99,37 @@ def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="a bug of its own") as error:
         list(loader(wrong))
     assert not isinstance(error.value, LoaderError)
+
+
+class Slow(Random):
+    """Takes half a second over one image and hangs over the next; `at` are their numbers."""
+
+    def __init__(self, slow, at):
+        self.slow, self.at = slow, at
+
+    def __call__(self, image):
+        number = int(image[0, 0, 0])
+        if number == self.slow:
+            time.sleep(0.5)
+        if number == self.at:
+            time.sleep(1000)
+        return image
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(("slow", "at", "worker"), [(None, 1, 0), (12, 13, 1)])
+def test_of_two_workers_the_one_that_hangs_is_named(slow, at, worker):
+    """Not the other, which has done all that it was given and waits, since earlier than the one that hangs began."""
+    rows = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    images = TensorSet(rows, torch.zeros(40), ("a",), [f"p/{n}.png" for n in range(40)])
+    made = make_loader(images, batch_size=4, train=False, workers=2, timeout=2, transform=Slow(slow, at))
+    with pytest.raises(LoaderError, match=rf"worker {worker} has been at p/{at}\.png \(image {at}\)"):
+        list(made)
+
+
+@pytest.mark.fault(36)
+def test_after_a_kill_no_process_is_left_while_the_loader_lives():
+    made = loader(die)
+    with pytest.raises(LoaderError):
+        list(made)
+    assert multiprocessing.active_children() == []

@@ -321,3 +321,13 @@ def test_a_head_put_in_by_hand_goes_all_the_way(tmp_path: Path):
     again = Classify(load_model(model.save_pretrained(tmp_path / "model")))
     assert again.num_classes == again.backbone.config.num_classes == 3
     assert again.predict(data) == Classify(model.eval()).predict(data)
+
+
+@pytest.mark.fault(30)
+def test_prepare_looks_at_labels_before_they_go_to_the_device(backbone: Backbone, monkeypatch: pytest.MonkeyPatch):
+    """An accelerator's labels are not looked at, since that waits for it."""
+    from vitrail.tasks import base
+
+    monkeypatch.setattr(base, "to_device", lambda *_: pytest.fail("a bad label went to the device"))
+    with pytest.raises(ValueError, match="for 5 classes; 0.png has 9"):
+        Classify(backbone).prepare(batch() | {"label": torch.full((6,), 9)})

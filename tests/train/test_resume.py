@@ -82,6 +82,7 @@ def test_two_stops_in_one_epoch(undisturbed, train, make_task, fingerprint, tmp_
     assert (fingerprint(task), figures(history)) == undisturbed
 
 
+@pytest.mark.fault(42)
 def test_a_kill_between_two_files_costs_an_epoch_but_no_bit(train, make_task, fingerprint, tmp_path, monkeypatch):
     """`best.ckpt` of the second epoch is there, its `last.ckpt` not: the epoch is repeated and stays the best."""
 
@@ -165,10 +166,11 @@ def test_a_run_can_be_made_longer(train, tmp_path):
 
 
 @pytest.mark.fault(43)
-def test_sigterm_has_its_exit_code(train, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_each_signal_has_its_exit_code(number, code, train, tmp_path):
     with pytest.raises(Interrupted) as stopped:
-        train(out=tmp_path, hook=signal_at(3, signal.SIGTERM))
-    assert stopped.value.exit_code == 143
+        train(out=tmp_path, hook=signal_at(3, number))
+    assert stopped.value.exit_code == code
 
 
 def test_handlers_of_signals_are_afterwards_what_they_were(train, tmp_path, monkeypatch):

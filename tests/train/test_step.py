@@ -78,6 +78,7 @@ def test_debug_takes_a_few_batches_of_validation_too(make_task):
     assert len(seen) == engine.DEBUG_BATCHES
 
 
+@pytest.mark.fault(30)
 def test_labels_are_looked_at_before_they_go_to_the_device(make_task, monkeypatch):
     task, order = make_task(), []
     check, move = task.check, engine.to_device

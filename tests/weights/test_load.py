@@ -323,3 +323,15 @@ def test_a_file_of_a_model_names_its_folder(saved: Path):
         (saved / name).touch()
         with pytest.raises(FolderError, match=f"got the file {saved / name}: name {home}$"):
             load_model(saved / name)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("size", [(48, 48), (16, 64)])
+def test_positions_of_another_size_are_timms(size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from timm.layers import resample_abs_pos_embed
+
+    saved = build_model("vit_debug", depth=1)
+    monkeypatch.setitem(SHIPPED, "cells", Shipped(saved.save_pretrained(tmp_path / "m"), ""))
+    found = create_model("cells", pretrained=True, img_size=size).pos_embed
+    theirs = resample_abs_pos_embed(saved.pos_embed, [size[0] // 8, size[1] // 8], num_prefix_tokens=1)
+    assert torch.allclose(found, theirs, atol=1e-6)

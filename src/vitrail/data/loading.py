@@ -140,6 +140,11 @@ class Drawing(Dataset[Drawn]):
         return len(self.images)
 
     def __getitems__(self, picks: Sequence[Pick]) -> Drawn:
+        made = self._made(picks)
+        self.board.end()
+        return made
+
+    def _made(self, picks: Sequence[Pick]) -> Drawn:
         if self.images.size is not None and not (self.transform and self.transform.random):
             try:
                 return Drawn(self._at_once(picks), {}, len(picks))

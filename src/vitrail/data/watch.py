@@ -32,7 +32,7 @@ class LoaderError(RuntimeError):
 
 
 class Board:
-    """What each worker is at: the number of an image, and since when. Lies in shared memory."""
+    """What each worker is at: the number of an image, and since when; nothing between batches. In shared memory."""
 
     def __init__(self, workers: int) -> None:
         self.at: Tensor = torch.full((workers, 2), IDLE, dtype=torch.int64).share_memory_()
@@ -43,8 +43,12 @@ class Board:
         if info is not None:
             self.at[info.id] = torch.tensor([row, time.monotonic_ns()])
 
+    def end(self) -> None:
+        """To be called in a worker that has made a batch."""
+        self.begin(IDLE)
+
     def read(self, worker: int) -> tuple[int, float] | None:
-        """The image that a worker is at, and for how many seconds; None before its first."""
+        """The image that a worker is at, and for how many seconds; None where it waits for a batch to make."""
         row, since = self.at[worker].tolist()
         return None if row == IDLE else (row, (time.monotonic_ns() - since) / 1e9)
 
@@ -110,7 +114,7 @@ class WatchedLoader(DataLoader[Batch]):
 
     def _place(self, worker: int) -> str:
         seen = self._board.read(worker)
-        return "its first image" if seen is None else f"{self._names[seen[0]]} (image {seen[0]})"
+        return "no image" if seen is None else f"{self._names[seen[0]]} (image {seen[0]})"
 
     def _end(self, inner: Any, workers: list[Any]) -> None:
         """Ends all workers, those that hang by force. Torch, while it ends them, may tell of the dead one once more."""
