@@ -30,8 +30,12 @@ faults: .venv/.dev  ## what may go wrong: every case of docs/reliability.md
 docs: .venv/.dev  ## run every block of README.md and docs/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
 
-bench: .venv/.dev  ## speed beside timm, as a table
+bench: .venv/.bench  ## speed beside timm, torchvision, transformers and vit-pytorch, as tables
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/augmentation.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
@@ -44,6 +48,10 @@ $(BIN)/python:
 .venv/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .
 	@touch $@
+
+.venv/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev,bench]'
+	@touch .venv/.core .venv/.dev $@
 
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[dev]'

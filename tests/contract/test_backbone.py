@@ -253,6 +253,7 @@ def test_eager_and_fused_attention_agree(model: Backbone) -> None:
 @torch.no_grad()
 def test_both_linear_kernels_agree(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, to 2e-6 of the largest logit, whatever a timing says here."""
+    monkeypatch.setattr(linear, "LEAST", 1)
     monkeypatch.setattr(linear, "_is_fast", lambda dtype, threads: torch.backends.mkldnn.is_available())
     x, fast = images(model), model(images(model))
     with plain_linear():
@@ -408,7 +409,8 @@ def test_part_of_the_blocks_and_then_the_rest_is_all_of_them(isotropic: Any) -> 
             first = isotropic.encode(tokens, chosen, blocks=slice(k), norm=False)
             both = isotropic.encode(first, blocks=slice(k, None))
             assert torch.equal(both.x, isotropic.encode(tokens, chosen).x)
-    assert torch.equal(isotropic.forward_head(isotropic.encode(tokens)), isotropic(x))
+    whole = isotropic.forward_head(isotropic.encode(tokens))  # where `forward` may leave out what no head reads
+    assert torch.allclose(whole, isotropic(x), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

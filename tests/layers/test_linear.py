@@ -31,6 +31,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(linear, "_onednn", spy)
     monkeypatch.setattr(linear, "_is_fast", lambda dtype, threads: True)
+    monkeypatch.setattr(linear, "LEAST", 1)
     return shapes
 
 
@@ -66,11 +67,22 @@ def test_weights_that_change_are_seen(taken: list[Any]) -> None:
 
 @needs_onednn
 @torch.no_grad()
-def test_in_bf16_it_is_as_near_to_the_truth() -> None:
+def test_small_products_go_the_usual_way(taken: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST", 4 * 8 * 16)
+    layer = Linear(8, 16)
+    layer(torch.ones(3, 8))
+    layer(torch.ones(4, 8))
+    assert taken == [(4, 8)]
+
+
+@needs_onednn
+@torch.no_grad()
+def test_in_bf16_it_is_as_near_to_the_truth(taken: list[Any]) -> None:
     x, layer = torch.randn(64, 96, dtype=torch.bfloat16), Linear(96, 32).bfloat16()
     truth = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     usual = (F.linear(x, layer.weight, layer.bias) - truth).abs().max()
     assert (layer(x) - truth).abs().max() <= 1.1 * usual
+    assert len(taken) == 1
 
 
 def with_gradients(layer: Linear, x: Tensor) -> None:
@@ -191,6 +203,7 @@ def test_a_real_timing_says_yes_or_no_once(monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[Any] = []
     real = linear._pays
     monkeypatch.setattr(linear, "_pays", lambda: calls.append(1) or real())
+    monkeypatch.setattr(linear, "LEAST", 1)
     linear._is_fast.cache_clear()
     layer, x = Linear(4, 4), torch.ones(2, 4)
     with torch.inference_mode():

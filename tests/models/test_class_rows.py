@@ -1,4 +1,4 @@
-"""In training, the last block makes the class token alone: the same function, unless somebody looks at the rest."""
+"""The last block makes the class token alone: the same function, unless somebody looks at the rest."""
 
 from __future__ import annotations
 
@@ -123,33 +123,37 @@ def test_a_hook_on_another_block_changes_nothing(tokens: list[int]) -> None:
     assert tokens == [17, 17, 1]
 
 
-def test_recorded_attention_has_all_rows(tokens: list[int]) -> None:
-    with record_attention() as record:
-        build()(IMAGES)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("attn", ["fused", "eager"])
+def test_recorded_attention_has_all_rows_and_changes_nothing(grad: bool, attn: str, tokens: list[int]) -> None:
+    """Queries are whole where they are announced."""
+    model = build(attn=attn)
+    plain = model(IMAGES)
+    with record_attention(grad=grad) as record:
+        recorded = model(IMAGES)
+    assert torch.equal(plain, recorded) or grad
+    torch.testing.assert_close(plain, recorded, atol=1e-6, rtol=0)
+    assert tokens == 2 * [17, 17, 1]
+    with record_attention(grad=grad) as whole:
+        model.forward_features(IMAGES)
     assert [tuple(seen.weights.shape[-2:]) for seen in record.maps] == 3 * [(17, 17)]
-    assert tokens == [17, 17, 17]
+    for mine, theirs in zip(record.maps, whole.maps, strict=True):
+        torch.testing.assert_close(mine.weights, theirs.weights, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(global_pool="avg"),
-        dict(global_pool="map"),
-        dict(proj_drop_rate=0.1),  # what is dropped would be drawn otherwise
-        dict(attn_drop_rate=0.1),
-    ],
-)
-def test_where_more_is_read_or_drawn_all_tokens_are_made(options: dict[str, Any], tokens: list[int]) -> None:
-    build(**options)(IMAGES)
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_where_more_is_read_all_tokens_are_made(pool: str, tokens: list[int]) -> None:
+    build(global_pool=pool)(IMAGES)
     assert tokens[:3] == [17, 17, 17]
 
 
-def test_features_and_evaluation_have_all_tokens(tokens: list[int]) -> None:
+def test_features_have_all_tokens_and_evaluation_is_as_training(tokens: list[int]) -> None:
     model = build()
     assert model.forward_features(IMAGES).x.shape == (3, 17, 24)
     model.features(IMAGES)
-    model.eval()(IMAGES)
     assert set(tokens) == {17}
+    model.eval()(IMAGES)
+    assert tokens[-3:] == [17, 17, 1]
 
 
 def test_a_block_of_somebody_else_need_not_know_of_it(tokens: list[int]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vitrail.data.boxes import check_boxes
 from vitrail.images import ImageError, read_image
 from vitrail.records import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess
 
@@ -99,12 +100,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples with the same keys and sizes -> a batch.
 
     Tensors and labels are stacked, those of `target`, `side` and `views` one by one; boxes, classes, texts, meta and
-    ids become lists. Raises `ValueError` where keys or sizes differ, naming the key and the sample.
+    ids become lists. Raises `ValueError` where keys or sizes differ, naming the key and the sample, and for boxes that
+    `check_boxes` refuses.
     """
     rows = cast(Sequence[dict[str, Any]], samples)
     for number, row in enumerate(rows):
+        name = row.get("id", f"sample {number}")
+        if "boxes" in row:
+            check_boxes(row["boxes"], row.get("classes"), tuple(row["image"].shape[-2:]), name)
         if odd := sorted(set(row) ^ set(rows[0])):
-            name = row.get("id", f"sample {number}")
             raise ValueError(f"samples of a batch must have the same keys; {name} and the first differ in {odd[0]}")
     batch = {key: _joined(key, [row[key] for row in rows]) for key in rows[0]}
     return cast(Batch, batch)

@@ -77,11 +77,19 @@ def fold(x: Tensor, batch: int | None) -> Tensor:
 
 
 def _of_attend(
-    batch: int | None, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, causal: bool = False, **rest: Any
+    batch: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    rows: int | None = None,
+    **rest: Any,
 ) -> Call:
     del rest["kernel"]
     bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
-    return Call(q, k, v, lambda out, weights: out, _with_causal(bias, causal, q, k), **rest)
+    return Call(q, k, v, lambda out, weights: out[:, :, :rows], _with_causal(bias, causal, q, k), **rest)
 
 
 def _of_sdpa(

@@ -118,8 +118,7 @@ def record_attention(
             whose rows are not known to stand for anything are left out, unless they are named in `layers`.
         grad: puts the very weights that multiply the values into the graph, for `torch.autograd.grad(y, map.weights)`;
             gradient checkpointing saves nothing meanwhile. Without it the model's output is bit-equal to an unrecorded
-            one, save that `nn.MultiheadAttention` leaves its fused inference path, and that a ViT in training makes all
-            tokens of its last block, not only the one that is read (differences of 1e-7).
+            one, save that `nn.MultiheadAttention` leaves its fused inference path (a difference of 1e-7).
         grid: (h, w) of the image tokens of a foreign model. By default the first convolutions tell, or a square fits.
         prefix: rows before the image tokens of a foreign model; by default what the grid leaves, at most 8. Its head is
             taken to read the first of them, where published models have the class token, or without any the mean.

@@ -76,26 +76,32 @@ def attend(
     mix: Mix | None = None,
     layout: Layout | None = None,
     kernel: Kernel = "auto",
+    rows: int | None = None,
 ) -> Tensor:
-    """Attention of `q` (B, H, Q, D) over `k`, `v` (B, H, N, D) -> (B, H, Q, D).
+    """Attention of `q` (B, H, Q, D) over `k`, `v` (B, H, N, D) -> (B, H, Q, D), or (B, H, rows, D).
 
     `bias` is added to the scores and broadcasts to (B, H, Q, N): -inf hides a key. `scale` defaults to D^-0.5;
     `dropout` is the probability of dropping a weight, to be given as 0 outside training; `causal` hides keys after
-    the query. `layout` changes nothing here: it is for whoever records. Overridable through `torch.overrides`.
+    the query. Only the first `rows` queries are answered; all are given, for whoever records, as is `layout`, which
+    changes nothing here. Overridable through `torch.overrides`.
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(
             attend, (q, k, v), q, k, v,
-            bias=bias, scale=scale, dropout=dropout, causal=causal, mix=mix, layout=layout, kernel=kernel,
+            bias=bias, scale=scale, dropout=dropout, causal=causal, mix=mix, layout=layout, kernel=kernel, rows=rows,
         )  # fmt: skip
     if bias is not None and not bias.is_floating_point():
         raise ValueError(f"bias is added to the scores and must be floating, -inf at hidden keys; got {bias.dtype}")
+    if rows is not None:
+        q = q[:, :, :rows]
+        bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :rows, :]
     if mix is None and _fused(kernel, k):
         if causal and bias is not None:  # SDPA takes one or the other
             bias, causal = bias + causal_bias(q, k), False
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
     weights = attention_weights(q, k, bias=bias, scale=scale, causal=causal, mix=mix)
-    return F.dropout(weights, dropout, training=dropout > 0).to(v.dtype) @ v
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return weights.to(v.dtype) @ v
 
 
 def attention_weights(
@@ -108,7 +114,9 @@ def attention_weights(
     mix: Mix | None = None,
 ) -> Tensor:
     """The matrix that weighs the values, (B, H, Q, N). Rows sum to 1 unless `mix` is given."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    pairs = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)  # (B·H, Q, D), (B·H, D, N)
+    scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale).view(*q.shape[:-1], -1)
     scores = scores if mix is None else mix_heads(scores, mix.before)
     scores = scores if bias is None else scores + bias
     scores = scores + causal_bias(q, k) if causal else scores
@@ -130,8 +138,8 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
 def _fused(kernel: Kernel, k: Tensor) -> bool:
     if kernel != "auto":
         return kernel == "fused"
-    slow_sdpa = k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[-2] <= EAGER_TOKENS
-    return torch.compiler.is_compiling() or not slow_sdpa
+    slow_sdpa = k.dtype == torch.bfloat16 and k.device.type == "cpu" and k.shape[-2] <= EAGER_TOKENS
+    return not slow_sdpa or torch.compiler.is_compiling()
 
 
 class Attention(nn.Module):
@@ -173,11 +181,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
     ) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, D)
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        q, k = self.q_norm(q[:, :, :rows]).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn)
+        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn, rows=rows)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N or rows, C)
 
 

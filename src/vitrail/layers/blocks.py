@@ -146,7 +146,9 @@ def run_block(
 
     Only a `Block` need know of `rows`.
     """
-    options: dict[str, Any] = {"bias": bias, "layout": layout} | ({} if rows is None else {"rows": rows})
+    options: dict[str, Any] = {"bias": bias, "layout": layout}
+    if rows is not None:
+        options["rows"] = rows
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, x, use_reentrant=False, **options)
     return block(x, **options)

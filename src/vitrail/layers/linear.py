@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 PAYS = 0.98
 """the share of the usual time that oneDNN must stay under"""
 ROUNDS = 5
+LEAST = 2**26
+"""multiplications below which asking costs as much as there is to gain"""
 _PLAIN: ContextVar[bool] = ContextVar("plain_linear", default=False)
 
 
@@ -32,9 +34,9 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` by the fastest kernel: (…, in_features) -> (…, out_features)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _takes_onednn(x, self.weight):
-            return _onednn(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() or not _takes_onednn(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return _onednn(x, self.weight, self.bias)
 
 
 @contextmanager
@@ -49,12 +51,13 @@ def plain_linear() -> Iterator[None]:
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """oneDNN's operator follows neither gradients nor autocast, and is for tensors that fit and are what they seem."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_grad_enabled() or _PLAIN.get():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or x.numel() * weight.size(0) < LEAST:
         return False
-    fitting = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1] and x.numel() > 0
-    if not fitting or _is_traced(x, weight) or torch.is_autocast_enabled("cpu"):
+    fitting = x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1]
+    if not fitting or x.device.type != "cpu" or _PLAIN.get() or _is_traced(x, weight):
         return False
-    return bool(torch.backends.mkldnn.enabled) and _is_fast(x.dtype, torch.get_num_threads())
+    free = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return bool(free) and _is_fast(x.dtype, torch.get_num_threads())
 
 
 def _is_traced(*tensors: Tensor) -> bool:

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from vitrail.layers.attention import Kernel, Layout
 from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, is_hooked, run_block
@@ -244,8 +243,9 @@ class VisionTransformer(Backbone):
         shown = tokens.shown
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=readout)
         run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
-        for index in range(len(self.blocks))[blocks]:
-            x = run(self.blocks[index], x, rows=rows if index == len(self.blocks) - 1 else None)
+        stack = list(self.blocks)
+        for index in range(len(stack))[blocks]:
+            x = run(stack[index], x, rows=rows if index == len(stack) - 1 else None)
             if index in taps:
                 seen[index] = x
         return tokens._replace(x=x), seen
@@ -255,14 +255,9 @@ class VisionTransformer(Backbone):
         return self.encode(self.embed(images, mask))
 
     def _read(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """In training, the last block makes only the class token, where nobody reads the rest: the same logits.
-
-        Not where it would change what is random, nor in evaluation: other sizes round otherwise than when recorded.
-        """
-        c = self.config
-        same = self.training and c.global_pool == "token" and not (c.proj_drop_rate or c.attn_drop_rate)
+        """The last block makes only the class token where that is all the head reads and no hook looks at the rest."""
         last = self.blocks[-1] if len(self.blocks) else None
-        if not same or not isinstance(last, Block) or has_torch_function((images,)) or is_hooked(last, self.norm):
+        if self.config.global_pool != "token" or not isinstance(last, Block) or is_hooked(last, self.norm):
             return self.forward_features(images, mask)
         tokens = self._through(self.embed(images, mask), rows=1)[0]
         return tokens._replace(x=self.norm(tokens.x))
