@@ -22,7 +22,7 @@ test: .venv/.dev  ## the tests of every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 full: .venv/.dev  ## the slow tests too: every registered model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 faults: .venv/.dev  ## what may go wrong: every case of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from vitrail.train.optim import make_optimizer
 RECIPES = {
     "crop and flip (the default)": AugmentConfig(),
     "and mixup and cutmix": AugmentConfig(mixup=0.8, cutmix=1.0),
-    "and RandAugment and erasing": AugmentConfig(mixup=0.8, cutmix=1.0, auto_augment="rand", random_erasing=0.25),
+    "and RandAugment and erasing": AugmentConfig(mixup=0.8, cutmix=1.0, auto_augment="rand", erase=0.25),
 }
 
 
@@ -52,15 +53,14 @@ def calls(row: str, batch: int, recipe: AugmentConfig) -> dict[str, Callable[[],
     size = model.config.img_size
     pixels = torch.randint(256, (4 * batch, 3, *size), dtype=torch.uint8)
     images = TensorSet(pixels, torch.randint(10, (4 * batch,)), [f"class {n}" for n in range(10)], range(4 * batch))
-    batches = iter(make_loader(images, batch_size=batch, train=True))
+    batches = chain.from_iterable(repeat(make_loader(images, batch_size=batch, train=True)))
     drawn = next(batches)
     augment = BatchAugment(recipe, model.preprocess, model.num_classes)
     ready = augment(drawn)
-    loader = make_loader(images, batch_size=batch, train=True)
     optimizer = make_optimizer(task, TrainConfig())
     return {
         "augment": partial(augment, drawn),
-        "draw": lambda: next(iter(loader)),
+        "draw": partial(next, batches),
         "step": partial(step, task, optimizer, ready),
     }
 

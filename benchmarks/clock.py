@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -24,11 +25,10 @@ def rounds(calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "
     """Seconds of every call, round by round, in an order that is drawn anew each time."""
     draw, found = random.Random(0), []
     for _ in range(WARM):
-        slowest = max(_seconds(call, 1, device) for call in calls.values())
-    count = max(1, round(TURN / slowest))
+        counts = {name: math.ceil(TURN / _seconds(call, 1, device)) for name, call in calls.items()}
     for _ in range(repeats):
         order = draw.sample(list(calls), len(calls))
-        found.append({name: _seconds(calls[name], count, device) for name in order})
+        found.append({name: _seconds(calls[name], counts[name], device) for name in order})
     return found
 
 

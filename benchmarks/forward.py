@@ -2,8 +2,9 @@
 
     python benchmarks/forward.py vit_tiny_patch16_224 --batch 1 8 --repeats 9
 
-The whole network is in the dtype named; on a GPU `--compile` adds compiled ones, and `--peak` (TFLOP/s of the chip in
-bf16) a column of model FLOPs utilisation. Figures are medians; ratios above 1 say how many times faster vitrail is.
+All give the same logits; ours leaves out of its last block what no head reads. The whole network is in the dtype
+named; on a GPU `--compile` adds compiled ones, and `--peak` (TFLOP/s of the chip in bf16) a column of model FLOPs
+utilisation. Figures are medians; ratios above 1 say how many times faster vitrail is.
 """
 
 from __future__ import annotations

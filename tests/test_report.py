@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from vitrail.data.badimages import BadImages
 from vitrail.data.imagesets import TensorSet
+from vitrail.data.loading import make_loader
 from vitrail.draw.runs import Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
 from vitrail.models.registry import build_model
@@ -56,19 +57,42 @@ def report(out: Path, task: Classify, facts: RunFacts = FACTS) -> tuple[dict[str
 
 def test_images_that_could_not_be_read_are_counted_on_the_page_and_in_the_figures(tmp_path: Path):
     bad, facts = BadImages(), replace(FACTS, counts={"test": [5, 4, 4]})
-    bad.add({"test/7.png": "test/7.png: cut", "test/9.png": "test/9.png: empty"})
-    report_run(tmp_path, task_of(), loader(images(11)), HISTORY, facts, bad)
+    bad.add({"test/7.png": "test/7.png: cut", "train/9.png": "train/9.png: empty"})
+    part = images(12)
+    part.bad_images = {7: "test/7.png: cut"}
+    held_out = make_loader(part, batch_size=5, train=False, on_bad_image="skip")
+    report_run(tmp_path, task_of(), held_out, HISTORY, facts, bad)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["images"], metrics["bad_images"]) == (11, 2)
+    assert (metrics["images"], metrics["bad_images"], metrics["bad_images_of_run"]) == (11, 1, 2)
     page = (tmp_path / "report.html").read_text()
-    assert "Of folder:my photos, 2 images could not be read: no figure is of them, and nothing was learnt from" in page
-    assert "bad_images.csv says which, and why. The numbers of images in the parts of the data count them." in page
+    assert (
+        "Of folder:my photos, 2 images could not be read at least once, and had no part in the run then. bad_" in page
+    )
+    assert (
+        "bad_images.csv says which, and why. Of the test images, which the figures are of, 1 could not be read. "
+        "The numbers of images in the parts of the data count them." in page
+    )
+
+
+def test_a_class_that_lost_all_its_training_images_is_named_on_the_page(tmp_path: Path):
+    bad, part = BadImages(), images(12)
+    bad.learnt = part
+    bad.add(dict.fromkeys(part.ids[1::3], "cut"))
+    report_run(tmp_path, task_of(), loader(part), HISTORY, FACTS, bad)
+    assert "class dark: of its 4 images for training, none could be read" in (tmp_path / "report.html").read_text()
 
 
 def test_where_all_could_be_read_the_page_says_nothing_of_it(tmp_path: Path):
     _, metrics, page = report(tmp_path, task_of())
-    assert (metrics["images"], metrics["bad_images"]) == (12, 0)
+    assert (metrics["images"], metrics["bad_images"], metrics["bad_images_of_run"]) == (12, 0, 0)
     assert "could not be read" not in page
+
+
+def test_a_name_that_is_not_utf_8_stands_on_the_page_as_an_escape(tmp_path: Path):
+    part = images(12)
+    part.ids = [f"test/{n}\udcff.png" for n in range(12)]
+    report_run(tmp_path, task_of(), loader(part), HISTORY, FACTS, BadImages())
+    assert "\\udcff.png" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 # ---- which examples are shown

@@ -103,10 +103,10 @@ def evaluate(
         on_bad_image=on_bad_image,
     )  # fmt: skip
     if as_json:
-        facts = {"split": found.split, "drawn": found.drawn, "images": found.images, "classes": list(found.classes)}
-        print(json.dumps(facts | ({"unreadable": found.unreadable} if found.unreadable else {}) | numbers(found)))
+        facts = {"split": found.split, "drawn": found.drawn, "images": found.images, "bad_images": found.bad_images}
+        print(json.dumps(facts | {"classes": list(found.classes)} | numbers(found)))
         return
-    left_out = f", {found.unreadable} unreadable left out" if found.unreadable else ""
+    left_out = f", {found.bad_images} could not be read" if found.bad_images else ""
     rows = {
         "split": found.split + (" (drawn)" if found.drawn else ""),
         "images": f"{found.images} of {found.total}{left_out}",
@@ -126,18 +126,20 @@ def predict(
     as_json: Annotated[bool, "print one JSON object a line"] = False,
 ) -> None:
     """Classify images. Files that cannot be read are named, and the others answered."""
-    paths = _expand(images)
+    paths, absent = _found(images)
     predictor = _predictor(model, device, sys.stderr if as_json else sys.stdout)
-    answered = 0
+    for reason in absent:
+        _say(f"no answer: {reason}")
+    answered, asked = 0, len(paths) + len(absent)
     for answer in predictor.stream(paths, top, BATCH, on_bad_image="skip"):  # which names them on stderr
         print(json.dumps(answer.to_dict()) if as_json else _line(answer), flush=True)
         answered += 1
-    if answered == len(paths):
+    if answered == asked:
         return
-    unread = f"{len(paths) - answered} of {len(paths)} images could not be read"
+    bad = f"{asked - answered} of {asked} images could not be read"
     if on_bad_image == "raise":
-        raise ValueError(f"{unread}: mend or leave out what is named above, or take --on-bad-image skip")
-    _say(unread)
+        raise ValueError(f"{bad}: mend or leave out what is named above, or take --on-bad-image skip")
+    _say(bad)
 
 
 def explain(
@@ -279,6 +281,19 @@ def _expand(paths: Sequence[str]) -> list[Path]:
             raise ValueError(f"{path}: the folder holds no image file ({', '.join(sorted(SUFFIXES))})")
         found += inside
     return found
+
+
+def _found(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """What `_expand` finds, and why it finds nothing for some. Raises `ValueError` where it finds nothing at all."""
+    found, absent = [], []
+    for path in paths:
+        try:
+            found += _expand([path])
+        except ValueError as error:
+            absent.append(str(error))
+    if not found:
+        raise ValueError("; ".join(absent))
+    return found, absent
 
 
 def _names(images: Sequence[Path]) -> list[str]:

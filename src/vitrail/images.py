@@ -164,10 +164,10 @@ def read_image(source: str | Path | IO[bytes]) -> Tensor:
     return to_tensor(open_image(source))
 
 
-def read_images(paths: Sequence[Path], unread: dict[int, str] | None = None) -> Tensor:
+def read_images(paths: Sequence[Path], bad: dict[int, str] | None = None) -> Tensor:
     """Image files of one size -> uint8 (N, 3, H, W). Raises `ImageError`; `UnequalSizesError` at the first odd one.
 
-    With `unread`, a file that cannot be read has a black row and its reason in `unread`, by row; `ImageError` is then
+    With `bad`, a file that cannot be read has a black row and its reason in `bad`, by row; `ImageError` is then
     raised only where that is so of all.
     In one thread: for small images the interpreter, not the decoder, takes the time, and threads only contend for it.
     """
@@ -176,15 +176,15 @@ def read_images(paths: Sequence[Path], unread: dict[int, str] | None = None) -> 
         try:
             image = open_image(path)
         except ImageError as error:
-            if unread is None:
+            if bad is None:
                 raise
-            unread[row] = str(error)
+            bad[row] = str(error)
             continue
         if pixels is None:
             pixels = np.zeros((len(paths), image.height, image.width, 3), dtype=np.uint8)
         _put(image, pixels, row, path)
     if pixels is None:
-        raise ImageError(f"none of {len(paths)} images could be read; {(unread or {}).get(0)}")
+        raise ImageError(f"none of {len(paths)} images could be read; {(bad or {}).get(0)}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 

@@ -87,6 +87,7 @@ class Predictor:
         have no answer, which the ids tell, and the logger `vitrail` is told of each; one image alone, and one without a
         path, still raises.
         """
+        check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         if isinstance(images, list | tuple):
             return list(self.stream(images, top, batch_size, on_bad_image))
         return next(self.stream([images], top, batch_size))  # type: ignore[list-item]
@@ -135,7 +136,7 @@ class Predictor:
         except ImageError as error:
             if not skip or not isinstance(image, str | Path):
                 raise
-            LOG.warning("left out: %s", error)
+            LOG.warning("no answer: %s", error)
             return None
 
     def _pixels(self, image: AnyImage) -> Tensor:

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitrail.data.badimages import NAME, BadImages, counted
+from vitrail.data.watch import WatchedLoader
 from vitrail.draw.pages import training_report, write_page
 from vitrail.draw.runs import Example, Kept, RunReport
 from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.maps import explain
 from vitrail.files import write_whole
 from vitrail.layers.modes import evaluating
+from vitrail.names import printable
 from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.tasks.base import as_batch, evaluate
 from vitrail.tasks.classify import Classify, hard_labels, labelled
@@ -59,6 +61,17 @@ class RunFacts:
     """images of every class by part of the data; empty where only the held-out ones were counted"""
 
 
+class Unread(NamedTuple):
+    """How many images could not be read at least once."""
+
+    held_out: int
+    """of the part that the figures are of, which leave them out"""
+    run: int
+    """of the whole run"""
+    unlearnt: list[str]
+    """a sentence on each class that lost all its images to train on"""
+
+
 class Shown(NamedTuple):
     """A held-out image that the page may show."""
 
@@ -73,21 +86,23 @@ def report_run(
 ) -> dict[str, Tensor]:
     """Measures `task` on held-out images, writes `metrics.json` and `report.html` into `out`, returns the figures.
 
-    `bad` are the images that the run could not read, those of `loader` among them. Of several processes that share the
+    `bad` are the images that the run could not read, those of `loader` among them, which are counted where it is one of
+    vitrail's. Of several processes that share the
     images each measures its own, and the first one writes.
     """
     figures = evaluate(task, loader)
     bad.share()
     if dist.is_initialized() and dist.get_rank() > 0:
         return figures
-    report = _report(task, figures, history, facts, bad)
-    write_whole(out / "metrics.json", json.dumps(_metrics(report, figures, bad), indent=1, allow_nan=False))
+    unread = Unread(bad.among(loader.names) if isinstance(loader, WatchedLoader) else 0, len(bad), bad.unlearnt())
+    report = _report(task, figures, history, facts, unread)
+    write_whole(out / "metrics.json", json.dumps(_metrics(report, figures, unread), indent=1, allow_nan=False))
     examples = [_example(task, shown) for shown in choose_examples(task, loader)]
     write_page(out / "report.html", training_report(replace(report, examples=examples)))
     return figures
 
 
-def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts, bad: BadImages) -> RunReport:
+def _report(task: Classify, figures: dict[str, Tensor], history: History, facts: RunFacts, unread: Unread) -> RunReport:
     """Everything on the page but its examples."""
     model, held_out = task.backbone, figures["confusion"].sum(1).tolist()
     return RunReport(
@@ -111,7 +126,7 @@ def _report(task: Classify, figures: dict[str, Tensor], history: History, facts:
         f1=figures["f1"],
         confusion=figures["confusion"],
         reliability=figures["reliability"],
-        notes=[*_notes(facts, task.classes, held_out), *_unread(bad, facts), EXAMPLES_NOTE],
+        notes=[*_notes(facts, task.classes, held_out), *_unread(unread, facts), EXAMPLES_NOTE],
     )
 
 
@@ -138,14 +153,16 @@ def _notes(facts: RunFacts, classes: Sequence[str], held_out: Sequence[int]) -> 
     return notes
 
 
-def _unread(bad: BadImages, facts: RunFacts) -> list[str]:
-    """How many images of the data are none, and where their names stand."""
-    if not bad:
+def _unread(unread: Unread, facts: RunFacts) -> list[str]:
+    """How many images of the data had no part at some time, where their names stand, and what that cost."""
+    if not unread.run:
         return []
     counting = " The numbers of images in the parts of the data count them." if facts.counts else ""
     return [
-        f"Of {facts.data}, {counted(len(bad))} could not be read: no figure is of them, and nothing was learnt from "
-        f"them. {NAME} says which, and why.{counting}"
+        f"Of {facts.data}, {counted(unread.run)} could not be read at least once, and had no part in the run then. "
+        f"{NAME} says which, and why. Of the {facts.split} images, which the figures are of, {unread.held_out} could "
+        f"not be read.{counting}",
+        *unread.unlearnt,
     ]
 
 
@@ -167,9 +184,10 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _metrics(report: RunReport, figures: dict[str, Tensor], bad: BadImages) -> dict[str, Any]:
+def _metrics(report: RunReport, figures: dict[str, Tensor], unread: Unread) -> dict[str, Any]:
     facts = {name: getattr(report, name) for name in ("data", "split", "command", "machine", "date", "seconds")}
-    counts = {"images": int(figures["confusion"].sum()), "bad_images": len(bad)}
+    images = int(figures["confusion"].sum())  # `bad_images` as `vitrail eval --json` has it: of the same part
+    counts = {"images": images, "bad_images": unread.held_out, "bad_images_of_run": unread.run}
     return {**facts, **counts, "classes": list(report.classes), **as_json(figures)}
 
 
@@ -206,7 +224,8 @@ def _example(task: Classify, shown: Shown) -> Example:
     except CannotExplainError:  # a network whose attention cannot be rolled out, or that has none
         explanation = None
     picture = _viewable(shown.image, task.backbone.preprocess)
-    return Example(image=picture, truth=task.classes[shown.truth], answer=shown.answer, explanation=explanation)
+    answer = replace(shown.answer, id=printable(shown.answer.id))  # a file's name need not be UTF-8, a page must
+    return Example(image=picture, truth=task.classes[shown.truth], answer=answer, explanation=explanation)
 
 
 def _viewable(image: Tensor, preprocess: Preprocess) -> Tensor:

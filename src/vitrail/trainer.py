@@ -9,7 +9,8 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from itertools import chain
@@ -23,7 +24,7 @@ from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
 from vitrail.data.badimages import BadImages, OnBadImage
 from vitrail.data.datasets import DataConfig, DataError, describe, load_splits, say_few
 from vitrail.data.imagesets import ImageSet, Splits, read_record
-from vitrail.data.loading import OrderedBatches, check_workers, make_loader
+from vitrail.data.loading import check_workers, make_loader
 from vitrail.data.transforms import Transform, eval_transform, train_transform
 from vitrail.data.watch import WatchedLoader
 from vitrail.files import write_whole
@@ -39,7 +40,7 @@ from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import fit, refuse_start
-from vitrail.train.resume import Loader
+from vitrail.train.resume import Loader, refuse_uneven
 from vitrail.weights.load import SHIPPED, create_model, load_model, say_row
 
 LOG = logging.getLogger("vitrail")
@@ -53,6 +54,7 @@ SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)}
     "model", "out", "drop_path", "drop_rate",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
+SILENT = "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
 MAKE = "give one that create_model makes, such as create_model('vit_tiny', num_classes=3)"
 
 
@@ -85,28 +87,28 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     if former and list(splits.classes) != former["classes"]:
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
-    _check_shares(splits, config)
+    refuse_uneven((splits.val, splits.test), config)
     model = make_model(config, splits)
     say_few(splits)
     say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
-    if former and "preprocess" in former:  # statistics of the images that training began with
-        model.preprocess = Preprocess.from_dict(former["preprocess"])
+    if former and "preprocess" in former and "preprocess" not in override:  # of the images that training began with
+        model.preprocess = Preprocess.from_dict(former["preprocess"]).replace(img_size=model.preprocess.img_size)
     task = Classify(model, config.label_smoothing)
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
-    bad = _counting(BadImages(out, resume=resume), train, val, test)
     augment = BatchAugment(config, model.preprocess, len(splits.classes))
     record = splits.record() | {"preprocess": asdict(model.preprocess)}
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
-    history = fit(
-        task, train, val, config, augment=augment, out=out, resume=resume, override=override,
-        notes={"drawn": splits.digests()},
-    )  # fmt: skip
-    if resume:  # only now: a resume that was refused changes nothing
-        write_whole(out / "splits.json", json.dumps(record, indent=1))
-    best = Classify(load_model(out).to(pick_device(config.device)))
-    report_run(out, best, test, history, _facts(config, splits), bad)
+    with _counted(BadImages(out, resume=resume), train, val, test) as bad:
+        history = fit(
+            task, train, val, config, augment=augment, out=out, resume=resume, override=override,
+            notes={"drawn": splits.digests()},
+        )  # fmt: skip
+        if resume:  # only now: a resume that was refused changes nothing
+            write_whole(out / "splits.json", json.dumps(record, indent=1))
+        best = Classify(load_model(out).to(pick_device(config.device)))
+        report_run(out, best, test, history, _facts(config, splits), bad)
     bad.say()
     return history
 
@@ -133,13 +135,6 @@ def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
     if more and splits.drawn:
         LOG.warning("%s has %+d images since its parts were drawn; new ones are for training", config.data, more)
     return splits
-
-
-def _check_shares(splits: Splits, config: TrainConfig) -> None:
-    """Raises `ValueError` before training for what would end an evaluation after it: see `OrderedBatches`."""
-    for images in (splits.val, splits.test):
-        world = config.devices * config.num_nodes
-        len(OrderedBatches(len(images), config.batch_size, shuffle=False, rank=0, world=world))
 
 
 def _clear_demo(out: Path) -> None:
@@ -209,26 +204,31 @@ def _loader(images: ImageSet, config: DataConfig, transform: Transform, *, train
     )  # fmt: skip
 
 
-def _counting(bad: BadImages, *loaders: Loader | None) -> BadImages:
-    """`bad`, in which loaders of vitrail's count from here on what they cannot read."""
-    for loader in loaders:
-        if isinstance(loader, WatchedLoader):
-            loader.bad = bad
-    return bad
+@contextmanager
+def _counted(bad: BadImages, *loaders: Loader | None) -> Iterator[BadImages]:
+    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read."""
+    own = {loader: loader.bad for loader in loaders if isinstance(loader, WatchedLoader)}
+    for loader in own:
+        loader.bad = bad
+    try:
+        yield bad
+    finally:
+        for loader, its in own.items():
+            loader.bad = its
 
 
 class Measured(dict[str, Tensor]):
     """The figures of a model by their names, and of which images they are."""
 
-    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str, unreadable: int) -> None:
+    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str, bad_images: int) -> None:
         super().__init__(figures)
         self.classes = splits.classes
         self.split = "val" if split == "test" and splits.test is splits.val else split
         self.drawn = split in splits.drawn or (split == "train" and bool(splits.drawn))
         """whether the part was drawn, because the data does not name it"""
-        self.unreadable = unreadable
+        self.bad_images = bad_images
         """images of the part that were left out"""
-        self.images = sum(map(len, splits.part(split))) - unreadable
+        self.images = sum(map(len, splits.part(split))) - bad_images
         self.total = sum(map(len, splits.part("all")))
         """images of the whole data set"""
 
@@ -260,8 +260,8 @@ def evaluate_model(
             "take data with the model's classes"
         )
     loaders = [eval_loader(images, model, config) for images in splits.part(split)]
-    bad = _counting(BadImages(), *loaders)
-    return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split, len(bad))
+    with _counted(BadImages(), *loaders) as bad:
+        return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split, len(bad))
 
 
 def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bool]:
@@ -356,17 +356,17 @@ class ViTTrainer:
         say_idle(config, kept=out is not None, validated=val_loader is not None)
         task = Classify(self.model, config.label_smoothing)
         refuse_start(out, resume=False)
-        bad = _counting(BadImages(out), train_loader, val_loader, test_loader)
-        history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
-        if out and not self.model.preprocess.known:
-            LOG.warning(
-                "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
-            )
-        held_out = val_loader if test_loader is None else test_loader
-        if out and held_out is not None:
-            facts = self._facts(given, "val" if test_loader is None else "test")
-            report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
-            task.cpu()
+        with claimed(out):  # before the record of another run is removed
+            refuse_start(out, resume=False)
+            with _counted(BadImages(out), train_loader, val_loader, test_loader) as bad:
+                history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
+                if out and not self.model.preprocess.known:
+                    LOG.warning(SILENT)
+                held_out = val_loader if test_loader is None else test_loader
+                if out and held_out is not None:
+                    facts = self._facts(given, "val" if test_loader is None else "test")
+                    report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
+                    task.cpu()
         bad.say()
         return history
 

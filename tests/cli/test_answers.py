@@ -119,13 +119,27 @@ def test_unreadable_images_are_named_and_the_others_answered(
     out, err = said("predict", *good[:3], bad, gone, good[3], "--model", run, code=2)
     assert [line.split()[0] for line in out.splitlines()] == [str(path) for path in good]
     lines = err.splitlines()
-    assert [line.split(": ")[1] for line in lines[:2]] == [str(bad), str(gone)]
+    assert [line.split(": ")[:2] for line in lines[:2]] == [["no answer", str(bad)], ["no answer", str(gone)]]
     told = "2 of 6 images could not be read"
     mend = "mend or leave out what is named above, or take --on-bad-image skip"
     assert lines[2:] == [f"error: {told}: {mend}"]
     answers, err = said("predict", *good[:3], bad, gone, good[3], "--model", run, "--on-bad-image", "skip")
     assert answers == out
     assert err.splitlines() == [*lines[:2], told]
+
+
+@pytest.mark.fault(18, 19)
+def test_a_path_that_names_nothing_is_told_and_the_others_answered(run: Path, photos: Path, said: Said):
+    good, gone = [photos / "dark/0.png", photos / "dark/1.png"], photos / "dark/O.png"
+    words = ["predict", good[0], gone, good[1], "--model", run]
+    out, err = said(*words, code=2)
+    assert [line.split()[0] for line in out.splitlines()] == [str(path) for path in good]
+    told, end = err.splitlines()
+    assert told.startswith(f"no answer: there is no {gone}; the nearest is ")
+    assert end.startswith("error: 1 of 3 images could not be read: mend or leave out what is named above")
+    answers, err = said(*words, "--on-bad-image", "skip")
+    assert answers == out
+    assert err.splitlines() == [told, "1 of 3 images could not be read"]
 
 
 def test_answers_are_printed_as_their_batch_is_done(

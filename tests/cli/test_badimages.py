@@ -48,13 +48,31 @@ def test_a_run_with_broken_images_ends_and_says_which(
     assert sorted(line.split(": ")[1] for line in lines if line.startswith("left out: ")) == [
         str(damaged / name) for name in names
     ]
-    assert f"3 images could not be read and took no part: {out / 'bad_images.csv'} names them" in lines
+    assert (
+        f"3 images could not be read at least once, and took no part then: {out / 'bad_images.csv'} names them" in lines
+    )
     page = re.sub(r"<[^>]+>", "", (out / "report.html").read_text())
-    assert f"Of folder:{damaged}, 3 images could not be read: no figure is of them" in page
+    assert f"Of folder:{damaged}, 3 images could not be read at least once, and had no part in the run then" in page
     metrics = json.loads((out / "metrics.json").read_text())
     held_out = json.loads((out / "splits.json").read_text())["drawn"]["test"]
     assert metrics["images"] == len(set(held_out) - set(names)) == sum(map(sum, metrics["confusion"]))
-    assert metrics["bad_images"] == 3
+    assert (metrics["bad_images"], metrics["bad_images_of_run"]) == (len(set(held_out) & set(names)), 3)
+
+
+@pytest.mark.fault(18, 19)
+@pytest.mark.parametrize("how", ["yes", "no"])
+def test_a_class_that_was_not_learnt_is_named_once_and_in_the_report(
+    how: str, photos: Path, tiny: list[str], tmp_path: Path, said: Said
+):
+    data, out = tmp_path / "parts", tmp_path / "run"
+    for part in ("train", "val"):
+        shutil.copytree(photos, data / part)
+    for path in data.glob("train/dark/*.png"):
+        path.write_bytes(b"")
+    words = ["train", *tiny, "--data", f"folder:{data}", "--out", out, "--in-memory", how, "--on-bad-image", "skip"]
+    lost = "class dark: of its 6 images for training, none could be read at all times, so it was not learnt, or hardly"
+    assert said(*words)[1].splitlines().count(lost) == 1
+    assert lost in (out / "report.html").read_text()
 
 
 @pytest.mark.fault(18, 19)
@@ -86,8 +104,42 @@ def test_eval_says_of_how_many_images_its_figures_are(run: Path, damaged: Path, 
     _, err = said(*words, code=2)
     assert re.search(r"error: .*\d\.png: ", err)
     out, err = said(*words, "--on-bad-image", "skip")
-    assert "images 9 of 12, 3 unreadable left out" in [" ".join(line.split()) for line in out.splitlines()]
+    assert "images 9 of 12, 3 could not be read" in [" ".join(line.split()) for line in out.splitlines()]
     assert len([line for line in err.splitlines() if line.startswith("left out: ")]) == 3
     figures = json.loads(said(*words, "--on-bad-image", "skip", "--json")[0])
-    assert (figures["images"], figures["unreadable"]) == (9, 3)
+    assert (figures["images"], figures["bad_images"]) == (9, 3)
     assert sum(map(sum, figures["confusion"])) == 9
+
+
+def test_eval_in_json_always_says_how_many_could_not_be_read(run: Path, photos: Path, said: Said):
+    words = ["eval", run, "--data", f"folder:{photos}", "--device", "cpu", "--json"]
+    assert json.loads(said(*words)[0])["bad_images"] == 0
+
+
+@pytest.mark.fault(18, 19)
+def test_a_part_that_cannot_be_read_at_all_takes_no_figures_from_the_others(
+    run: Path, photos: Path, tmp_path: Path, said: Said
+):
+    data = tmp_path / "parts"
+    for part in ("train", "val"):
+        shutil.copytree(photos, data / part)
+    for path in data.glob("val/*/*.png"):
+        path.write_bytes(b"")
+    words = ["eval", run, "--data", f"folder:{data}", "--device", "cpu", "--on-bad-image", "skip", "--json", "--split"]
+    figures = json.loads(said(*words, "all")[0])
+    assert (figures["images"], figures["bad_images"]) == (12, 12)
+    _, err = said(*words, "val", code=2)
+    assert "error: figures need an image that can be read and has a label; got none" in err
+
+
+@pytest.mark.fault(18, 19)
+def test_a_rehearsal_that_validates_on_nothing_ends_too(photos: Path, tiny: list[str], tmp_path: Path, said: Said):
+    """`--debug` takes four batches of each part, here of one image."""
+    data = tmp_path / "parts"
+    for part in ("train", "val"):
+        shutil.copytree(photos, data / part)
+    for path in sorted(data.glob("val/*/*.png"))[:-1]:
+        path.write_bytes(b"")
+    words = ["train", *tiny, "--data", f"folder:{data}", "--out", tmp_path / "run", "--in-memory", "no", "--debug"]
+    _, err = said(*words, "--batch-size", "1", "--on-bad-image", "skip", code=2)
+    assert "error: figures need an image that can be read and has a label; got none" in err

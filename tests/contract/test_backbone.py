@@ -93,6 +93,20 @@ def test_logits_are_the_same_twice_alone_and_in_a_batch(model: Backbone) -> None
 
 
 @torch.no_grad()
+def test_no_images_have_no_logits(small: Backbone) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert copy.deepcopy(small).to(dtype)(images(small)[:0].to(dtype)).shape == (0, small.num_classes)
+
+
+def test_one_seed_makes_one_model_however_it_is_built(small: Backbone) -> None:
+    made = []
+    for build in (lambda: build_model(small.variant), lambda: type(small)(small.config)):
+        torch.manual_seed(7)
+        made.append(build().state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+@torch.no_grad()
 def test_forward_is_its_parts(model: Backbone) -> None:
     x = images(model)
     state = model.forward_features(x)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,9 +16,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from vitrail import processes
+from vitrail.data import badimages
 from vitrail.data.badimages import NAME, BadImages
 from vitrail.data.datasets import DataConfig, image_folder, load_splits
-from vitrail.data.imagesets import ImageSet
+from vitrail.data.imagesets import FileSet, ImageSet, TensorSet
 from vitrail.data.loading import TRIES, get_data_loaders, make_loader
 from vitrail.data.transforms import RandomResizedCrop, eval_transform
 from vitrail.images import ImageError
@@ -25,6 +28,7 @@ from vitrail.records import IMAGENET_MEAN, IMAGENET_STD, UNLABELLED, Batch, Prep
 SMALL = Preprocess(img_size=(6, 6))
 CROP, FIT = RandomResizedCrop(SMALL), eval_transform(SMALL)
 BROKEN = "b/137.png"
+READ = "2 images could not be read at least once, and took no part then"
 
 
 def truncate(path: Path) -> None:
@@ -161,7 +165,7 @@ def test_a_broken_image_moves_no_image_from_part_to_part(make_folder: Any):
     damaged = load_splits(DataConfig(data=f"folder:{root}", val_fraction=0.2, on_bad_image="skip"))
     assert damaged.record() == sound.record()
     parts = [damaged.train, damaged.val, damaged.test]
-    assert sorted(part.ids[row] for part in parts for row in part.unread) == ["cat/000.png"]
+    assert sorted(part.ids[row] for part in parts for row in part.bad_images) == ["cat/000.png"]
     assert damaged.train.size == sound.train.size == (8, 8)
 
 
@@ -171,7 +175,7 @@ def test_what_was_not_read_is_no_part_of_the_statistics(make_folder: Any):
     sound = image_folder(root).subset(rest).statistics()
     empty(root / "cat/002.png")
     images = image_folder(root, on_bad_image="skip")
-    assert images.unread.keys() == {2}
+    assert images.bad_images.keys() == {2}
     assert images.statistics() == sound
     assert images.subset(torch.tensor([2])).statistics() == (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -183,6 +187,22 @@ def test_a_loader_of_ones_own_data_skips_too(make_folder: Any):
     names = [name for loader in (train, val) for batch in loader for name in batch["id"]]
     assert "cat/000.png" not in names
     assert train.bad.reasons.keys() | val.bad.reasons.keys() <= {"cat/000.png"}
+
+
+def test_a_class_that_lost_all_its_images_is_told_of_after_the_first_pass_and_once(
+    make_folder: Any, caplog: pytest.LogCaptureFixture
+):
+    root = make_folder("cat", "dog", "owl", count=4)
+    images = image_folder(root, in_memory=False)
+    for path in (*root.glob("dog/*.png"), root / "owl/000.png"):
+        empty(path)
+    loader = make_loader(images, batch_size=4, train=True, transform=FIT, on_bad_image="skip")
+    list(loader)
+    lost = "class dog: of its 4 images for training, none could be read at all times, so it was not learnt, or hardly"
+    assert caplog.messages[-1] == lost
+    list(loader)
+    loader.bad.say()
+    assert [line for line in caplog.messages if line.startswith("class ")] == [lost]
 
 
 # ---- evaluation
@@ -213,13 +233,20 @@ def test_a_batch_that_lost_all_its_images_holds_one_without_a_label(make_folder:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_still_draw_equally_many_batches(rank: int, make_folder: Any):
-    batches, _ = evaluated(make_folder("cat", "dog", count=6), [0, 2, 4, 6, 8], rank=rank, world=2)
+    """One that can read nothing of its share too."""
+    batches, _ = evaluated(make_folder("cat", "dog", count=6), [0, 2, 4, 6, 8, 10], rank=rank, world=2)
     assert [len(batch["id"]) for batch in batches] == ([1, 1] if rank == 0 else [3, 3])
 
 
-def test_where_nothing_can_be_judged_there_are_no_figures(make_folder: Any):
-    with pytest.raises(ImageError, match=r"figures need an image that can be read; got 12 images, none is: .*000\.png"):
-        evaluated(make_folder("cat", "dog", count=6), list(range(12)))
+def test_what_stands_for_a_lost_batch_has_the_channels_of_the_set():
+    """Held in memory, or as a set of one's own says it."""
+    grey = torch.zeros(4, 1, 6, 6, dtype=torch.uint8)
+    held = TensorSet(grey, torch.zeros(4, dtype=torch.long), ("a",), list("abcd"), dict.fromkeys(range(4), "cut"))
+    read = FileSet([Path(name) for name in "abcd"], held.labels, held.classes, held.ids)
+    read.channels = 1
+    for images in (held, read):
+        loader = make_loader(images, batch_size=4, train=False, transform=FIT, on_bad_image="skip")
+        assert [batch["image"].shape for batch in loader] == [(1, 1, 6, 6)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -229,8 +256,10 @@ def test_many_in_a_row_end_the_run(workers: int, make_folder: Any):
     for path in root.glob("*/*.png"):
         empty(path)
     loader = make_loader(images, batch_size=4, train=True, transform=FIT, workers=workers, on_bad_image="skip")
-    with pytest.raises(ImageError, match=rf"^--on-bad-image skip met {TRIES} images in a row .*; the last: {root}"):
+    rule = rf"^--on-bad-image skip met {TRIES} images in a row that cannot be read, and others may be like them; "
+    with pytest.raises(ImageError, match=rf"{rule}the last: {root}.*: mend the files, or name another folder$"):
         list(loader)
+    assert set() < loader.bad.reasons.keys() <= set(images.ids), "what it met is known"
 
 
 @pytest.mark.parametrize("made", [
@@ -268,10 +297,59 @@ def test_a_file_that_is_no_such_record_is_refused(content: str, tmp_path: Path):
         BadImages(tmp_path, resume=True)
 
 
-def test_of_several_processes_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_of_several_processes_the_first_one_speaks_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setenv(processes.NUMBERS[0], "1")
-    BadImages(tmp_path).add({"a": "b"})
-    assert list(tmp_path.iterdir()) == []
+    bad = BadImages(tmp_path)
+    bad.add({"a": "b"})
+    bad.say()
+    assert bad.reasons == {"a": "b"}
+    assert caplog.messages == list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_ends_no_run_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    bad = BadImages(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(badimages, "write_whole", full)
+        bad.add({"a": "a: cut"})
+        bad.add({"b": "b: cut"})
+        bad.say()
+    lost = [message for message in caplog.messages if "cannot be written" in message]
+    assert lost == [f"{tmp_path / NAME} cannot be written (No space left on device): the run goes on"]
+    assert caplog.messages[-1] == READ
+    bad.add({"c": "c: cut"})
+    assert list(BadImages(tmp_path, resume=True).reasons) == ["a", "b", "c"], "the next one brings the others along"
+
+
+def test_a_record_that_can_be_written_at_the_end_is_whole(tmp_path: Path):
+    bad = BadImages(tmp_path)
+    (tmp_path / NAME).mkdir()
+    bad.add({"a": "a: cut"})
+    (tmp_path / NAME).rmdir()
+    bad.say()
+    assert BadImages(tmp_path, resume=True).reasons == {"a": "a: cut"}
+
+
+def test_names_that_are_not_utf_8_are_drawn_and_recorded(make_folder: Any, tmp_path_factory: pytest.TempPathFactory):
+    root, out = make_folder("cat", "dog", count=6), tmp_path_factory.mktemp("run")
+    for path in root.glob("*/*.png"):
+        path.rename(path.with_name(f"{path.stem}\udcff.png"))
+    (root / "cat/001\udcff.png").write_bytes(b"")
+    config = DataConfig(data=f"folder:{root}", val_fraction=0.2, on_bad_image="skip", in_memory=False)
+    splits, bad = load_splits(config), BadImages(out)
+    assert splits.digests().keys() == {"val", "test"}
+    loader = make_loader(splits.train, batch_size=4, train=True, transform=FIT, on_bad_image="skip")
+    bad.add({"cat/001\udcff.png": f"{root}/cat/001\udcff.png: not a readable image"})
+    assert len(list(loader)) == 2
+    again = BadImages(out, resume=True)
+    again.add(bad.reasons)
+    assert list(again.reasons) == ["cat/001\\udcff.png"], "one image, before a resume and after it"
 
 
 def test_what_other_processes_met_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -296,4 +374,4 @@ def test_a_run_says_one_line_at_its_end(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.CRITICAL, "vitrail"):
         bad.add({"a": "a: empty", "b": "b: empty"})
     bad.say()
-    assert caplog.messages == [f"2 images could not be read and took no part: {tmp_path / NAME} names them"]
+    assert caplog.messages == [f"{READ}: {tmp_path / NAME} names them"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrail.data.datasets import image_folder
 from vitrail.data.imagesets import Sample, Splits, collate, draw_stratified
@@ -38,6 +39,25 @@ def test_statistics_are_those_of_the_pixels(tensor_set):
     pixels = tensor_set.images.double() / 255
     assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """How many bytes the largest copy of pixels took."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.uint8 and not func.is_view:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+def test_one_unread_image_makes_no_copy_of_the_whole_set(tensor_set):
+    tensor_set.bad_images = {3: "n3: empty"}
+    with Largest() as largest:
+        tensor_set.statistics()
+    assert largest.nbytes == tensor_set.images[:, 0].nbytes, "one channel at a time"
 
 
 def test_a_constant_channel_can_still_be_normalised(tensor_set):
@@ -112,7 +132,8 @@ def test_a_draw_does_not_depend_on_the_order_of_files():
 
 def full_sample(n: int) -> Sample:
     return Sample(
-        image=torch.full((3, 4, 5), n, dtype=torch.uint8), label=n, boxes=torch.zeros(n, 4), classes=torch.zeros(n),
+        image=torch.full((3, 4, 5), n, dtype=torch.uint8), label=n,
+        boxes=torch.tensor([[0, 0, 2.0, 3]] * n).view(n, 4), classes=torch.zeros(n),
         mask=torch.zeros(4, 5), pad_mask=torch.zeros(4, 5, dtype=torch.bool), text=f"t{n}",
         target={"depth": torch.full((4, 5), float(n))}, side={"age": torch.tensor(float(n))},
         views=[torch.zeros(3, 4, 4), torch.zeros(3, 2, 2)], meta={"size": (4, 5)}, id=f"n{n}",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitrail.layers import attention
 from vitrail.layers.attention import EAGER_TOKENS, Attention, Layout, Mix, attend, attention_weights, causal_bias
 from vitrail.layers.blocks import NORMS
 from vitrail.models.vit import VisionTransformer
@@ -175,8 +176,19 @@ def test_auto_takes_the_fast_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(attention, "EAGER_SCORES", 1)
     attend(*qkv(keys, dtype))
     assert bool(fused_calls) == fused
+
+
+def test_few_scores_are_one_call_in_any_dtype(fused_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(dtype=torch.bfloat16)
+    monkeypatch.setattr(attention, "EAGER_SCORES", q[..., 0].numel() * k.shape[2] + 1)
+    attend(q, k, v)
+    assert len(fused_calls) == 1
+    monkeypatch.setattr(attention, "EAGER_SCORES", q[..., 0].numel() * k.shape[2])
+    attend(q, k, v)
+    assert len(fused_calls) == 1
 
 
 def test_a_named_kernel_is_taken_whatever_the_dtype(fused_calls: list[Any]) -> None:

@@ -151,6 +151,13 @@ def of_another_dtype(layer: Linear, x: Tensor) -> None:
 
 
 @torch.no_grad()
+def with_a_bias_of_another_dtype(layer: Linear, x: Tensor) -> None:
+    layer.bias = nn.Parameter(layer.bias.bfloat16())
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+
+
+@torch.no_grad()
 def on_no_device(layer: Linear, x: Tensor) -> None:
     assert layer.to("meta")(x.to("meta")).device.type == "meta"
 
@@ -170,7 +177,8 @@ def when_exported(layer: Linear, x: Tensor) -> None:
     "used",
     [
         with_gradients, under_autocast, when_counted, mapped_over, forward_differentiated, of_a_class_of_its_own,
-        when_onednn_is_off, where_bits_must_repeat, of_other_widths, of_another_dtype, on_no_device, when_traced,
+        when_onednn_is_off, where_bits_must_repeat, of_other_widths, of_another_dtype,
+        with_a_bias_of_another_dtype, on_no_device, when_traced,
         when_exported,
     ],
 )  # fmt: skip
@@ -217,3 +225,14 @@ def test_a_real_timing_says_yes_or_no_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_dtypes_go_the_usual_way() -> None:
     assert Linear(4, 3).double()(torch.ones(2, 4).double()).dtype == torch.float64
     assert not linear._is_fast(torch.float64, 1)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_the_timing_is_of_fp32_on_the_cpu_whatever_the_defaults() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert linear._pays() in (True, False)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.explain.record import record_attention
-from vitrail.layers.blocks import Mlp
+from vitrail.layers.blocks import Block, Mlp
 from vitrail.models.vit import VisionTransformer
 
 SMALL: dict[str, Any] = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
@@ -88,7 +88,7 @@ def test_padding_is_not_seen_by_the_class_token_either() -> None:
 
 def test_each_head_is_told_as_forward_tells_them(tokens: list[int]) -> None:
     model = build()
-    assert torch.equal(model.heads(IMAGES)[0], model(IMAGES))
+    assert torch.equal(model.logits_by_head(IMAGES)[0], model(IMAGES))
     assert tokens == 2 * [17, 17, 1]
 
 
@@ -141,6 +141,21 @@ def test_recorded_attention_has_all_rows_and_changes_nothing(grad: bool, attn: s
         torch.testing.assert_close(mine.weights, theirs.weights, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("drop", ["proj_drop_rate", "attn_drop_rate"])
+def test_what_dropout_drops_does_not_depend_on_who_watches(drop: str, tokens: list[int]) -> None:
+    model, seen = build(**{drop: 0.3}), []
+    for watch in (False, True):
+        handle = model.norm.register_forward_hook(ignored) if watch else None
+        torch.manual_seed(5)
+        seen.append(model(IMAGES))
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(*seen)
+    assert set(tokens) == {17}
+    model.eval()(IMAGES)
+    assert tokens[-1] == 1
+
+
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_where_more_is_read_all_tokens_are_made(pool: str, tokens: list[int]) -> None:
     build(global_pool=pool)(IMAGES)
@@ -154,6 +169,54 @@ def test_features_have_all_tokens_and_evaluation_is_as_training(tokens: list[int
     assert set(tokens) == {17}
     model.eval()(IMAGES)
     assert tokens[-3:] == [17, 17, 1]
+
+
+class Scaled(VisionTransformer):
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Any:
+        tokens = super().forward_features(images, mask)
+        return tokens._replace(x=100 * tokens.x)
+
+
+class ReadsPatches(VisionTransformer):
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+        return self.head(x.x[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("family", [Scaled, ReadsPatches])
+def test_a_model_made_of_ours_is_asked_as_a_whole(family: Any) -> None:
+    model = family(**SMALL).eval()
+    whole = model.forward_head(model.forward_features(IMAGES))
+    assert torch.equal(model(IMAGES), whole)
+    assert torch.equal(model.logits_by_head(IMAGES)[0], whole)
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor, *, bias: Any = None, layout: Any = None) -> Tensor:
+        return self.attn(x, bias=bias, layout=layout)
+
+
+class OwnBlock(Block):
+    def forward(self, x: Tensor, *, bias: Any = None, layout: Any = None) -> Tensor:
+        return super().forward(x, bias=bias, layout=layout)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_and_blocks_of_somebody_else_need_not_know_of_rows(training: bool, tokens: list[int]) -> None:
+    model = build().train(training)
+    plain = model(IMAGES)
+    for block in model.blocks:
+        block.attn = OwnAttention(block.attn)
+    torch.testing.assert_close(model(IMAGES), plain, atol=1e-6, rtol=0)
+    own = OwnBlock(24, 3)
+    own.load_state_dict(build().blocks[-1].state_dict())
+    model = build().train(training)
+    model.blocks[-1] = own.train(training)
+    torch.testing.assert_close(model(IMAGES), plain, atol=1e-6, rtol=0)
+    assert set(tokens[3:]) == {17}
 
 
 def test_a_block_of_somebody_else_need_not_know_of_it(tokens: list[int]) -> None:

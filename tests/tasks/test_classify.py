@@ -19,7 +19,7 @@ from vitrail.models.vit import VisionTransformer
 from vitrail.records import UNLABELLED, Batch
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
-from vitrail.tasks.scores import Reliability, classification_scores
+from vitrail.tasks.scores import MeanLoss, Reliability, classification_scores
 from vitrail.weights.load import load_model
 
 K = 5
@@ -64,7 +64,7 @@ def batch(count: int = 6) -> Batch:
 def scores_of(logits: Tensor, target: Tensor, parts: int = 3) -> dict[str, np.ndarray[Any, Any]]:
     scores = classification_scores(logits.shape[1], UNLABELLED)
     for x, y in zip(logits.chunk(parts), target.chunk(parts), strict=True):
-        scores.update(preds=x, target=y, value=F.cross_entropy(x, y, reduction="none"))
+        scores.update(preds=x, target=y, losses=F.cross_entropy(x, y, reduction="none"), weights=torch.ones(len(y)))
     return {name: value.double().numpy() for name, value in scores.compute().items()}
 
 
@@ -245,6 +245,12 @@ def test_a_loss_that_is_no_number_stays_visible(backbone: Backbone):
     model = copy.deepcopy(backbone)
     nn.init.constant_(model.head.bias, float("nan"))
     assert evaluate(Classify(model), [batch()])["loss"].isnan()
+
+
+def test_a_loss_that_weighs_nothing_is_not_looked_at():
+    mean = MeanLoss()
+    mean.update(torch.tensor([float("nan"), 3.0]), torch.tensor([0.0, 2.0]))
+    assert mean.compute() == 1.5
 
 
 def test_scores_and_tables_by_name(backbone: Backbone):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor
 from vitrail.models.registry import build_model
 from vitrail.records import UNLABELLED, Batch
 from vitrail.tasks.base import evaluate
-from vitrail.tasks.classify import Classify
+from vitrail.tasks.classify import Classify, labelled
 
 K = 5
 
@@ -74,6 +72,8 @@ def test_of_a_mixed_image_the_labelled_share_counts(task: Classify):
     mixed = data | {"label": torch.tensor([[0, 0, 0.7, 0, 0], [1.0, 0, 0, 0, 0]])}
     assert torch.allclose(task(mixed)["loss"], (0.7 * whole + other) / 1.7, atol=1e-6)
     assert task.weight(mixed) == pytest.approx(1.7)
+    plain = Classify(task.backbone)  # figures know no smoothing
+    assert torch.allclose(evaluate(plain, [mixed])["loss"], plain(mixed)["loss"], atol=1e-6)
 
 
 @pytest.mark.fault(31)
@@ -87,11 +87,16 @@ def test_figures_are_of_the_labelled_alone(form, task: Classify):
 
 
 @pytest.mark.fault(31)
-def test_where_nothing_is_labelled_figures_are_none_and_nothing_fails(task: Classify):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = evaluate(task, [batch(UNLABELLED, UNLABELLED)])
-    assert found["loss"].isnan() and found["balanced_accuracy"].isnan() and found["confusion"].sum() == 0
+@pytest.mark.parametrize("form", [dict, soft])
+def test_where_nothing_is_labelled_there_are_no_figures(form, task: Classify):
+    with pytest.raises(ValueError, match="figures need an image that can be read and has a label; got none: look at"):
+        evaluate(task, [form(batch(UNLABELLED, UNLABELLED))])
+
+
+def test_a_class_beyond_seven_bits_is_a_label_in_eight():
+    """156, which is -100 in as many bits."""
+    assert labelled(torch.tensor([156, 1], dtype=torch.uint8)).tolist() == [1, 1]
+    assert labelled(torch.tensor([-100, 1], dtype=torch.int8)).tolist() == [0, 1]
 
 
 @pytest.mark.fault(31)

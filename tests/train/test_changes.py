@@ -7,7 +7,7 @@ import re
 import signal
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail.data.imagesets import TensorSet
 from vitrail.train import engine
-from vitrail.train.changes import FREE, changes, go_on, told
+from vitrail.train.changes import FREE, SETTLED, go_on
 from vitrail.train.checkpoint import read
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import Interrupted, fit
@@ -57,16 +57,69 @@ def test_what_is_learnt_and_how_must_stay(train, stopped):
 
 
 @pytest.mark.fault(45)
-def test_every_setting_is_compared(make_task):
-    """Whatever it is called and of whatever kind."""
-    config, task, loader = TrainConfig(), make_task(), [1]
-    before, kinds = told(config, task, loader), get_type_hints(TrainConfig)
+def test_every_setting_is_compared(make_task, stopped):
+    """Whatever it is called and of whatever kind; and what may be overridden, may be so by its name alone."""
+    last, task = stopped / "checkpoints" / "last.ckpt", make_task()
+    before = read(last)["told"]
+    assert {field.name for field in fields(TrainConfig)} > FREE | SETTLED
     for field in fields(TrainConfig):
-        words = get_args(kinds[field.name])
-        value = next((word for word in words if word != field.default and isinstance(word, str)), "another")
-        (change,) = changes(before, before | {field.name: value})
-        assert (change.name, change.was, change.found) == (field.name, getattr(config, field.name), value)
-    assert set(before) > FREE
+        value = "another" if isinstance(before[field.name], str | None) else before[field.name] + 1
+        now = before | {field.name: value}
+        if field.name in FREE:
+            assert not go_on(last, now, task).changed
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"{SAID}{flag} was {re.escape(str(before[field.name]))}, got {value}[:;]"):
+            go_on(last, now, task)
+        if field.name not in SETTLED:
+            (line,) = go_on(last, now, task, [field.name]).told["overridden"]
+            assert line == f"overridden from epoch 2 on: {flag} {before[field.name]} -> {value}"
+
+
+@pytest.mark.fault(45)
+def test_what_would_do_nothing_cannot_be_overridden(train, stopped):
+    """The images that were held out stay so, whatever share of them is asked for."""
+    message = (
+        rf"{SAID}--val-fraction was 0.05, got 0.1; --val-fraction had its say when the run began, which nothing can "
+        r"override: take the old values, or a new --out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(out=stopped, resume=True, val_fraction=0.1)
+    with pytest.raises(ValueError, match="--override names .*; got 'val_fraction': leave it out"):
+        train(out=stopped, resume=True, val_fraction=0.1, override=["val_fraction"])
+
+
+@pytest.mark.fault(45)
+def test_other_frozen_weights_cannot_be_overridden(train, make_task, stopped):
+    """The optimiser's moments would be those of others."""
+    frozen = make_task()
+    frozen.backbone.blocks.requires_grad_(False)
+    message = (
+        r"told before; other weights are trained, which nothing can override: backbone\.blocks\.0\.norm1\.weight was "
+        r"trained without weight decay, got frozen, .* and 21 more: take the old values, or a new --out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(frozen, out=stopped, resume=True)
+    exempt = make_task()
+    exempt.no_weight_decay = lambda: {"backbone.head.weight"}
+    with pytest.raises(
+        ValueError, match=r"head\.weight was trained with weight decay, got trained without weight decay"
+    ):
+        train(exempt, out=stopped, resume=True)
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("rule", [{"epochs": 1}, {"patience": 1, "lr": 1e-12, "min_lr": 0.0}])
+def test_nothing_is_overridden_where_no_epoch_comes(rule, train, tmp_path):
+    """Where all are over, and where a rule ended the run: it stays as it is."""
+    done = len(train(out=tmp_path, **rule))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"epochs that are still to come; this run has none left after its {done}: gi"):
+        train(out=tmp_path, resume=True, override=["flip"], flip=0.0, **rule)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert len(train(out=tmp_path, resume=True, **rule)) == done
+    more = rule | {"epochs": done + 1, "patience": 0}
+    assert len(train(out=tmp_path, resume=True, override=["flip"], flip=0.0, **more)) == done + 1
 
 
 @pytest.mark.fault(45)
@@ -222,16 +275,84 @@ def test_the_rate_of_every_step_follows_the_epochs(train, stopped, monkeypatch):
     assert steps == [(step, 6) for step in (2, 3, 4, 5)]  # two an epoch, of which the first is over
 
 
+@pytest.mark.fault(42, 45)
+def test_a_kill_before_the_first_checkpoint_leaves_the_run_as_it_was(train, stopped):
+    """And one that comes later leaves the run as it was overridden: in both cases config.yaml says how to go on."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(batch):
+        def hook(number):
+            if number == batch:
+                raise Killed
+
+        return hook
+
+    before = (stopped / "config.yaml").read_bytes()
+    for batch, rate, written in ((13, 0.01, before), (17, 0.1, None)):
+        with pytest.raises(Killed):
+            train(out=stopped, resume=True, override=["lr"], lr=0.1, hook=kill_at(batch))
+        told = TrainConfig.from_yaml(stopped / "config.yaml")
+        assert told.lr == read(stopped / "checkpoints" / "last.ckpt")["told"]["lr"] == rate
+        assert (stopped / "config.yaml").read_bytes() == written or written is None
+    assert train(out=stopped, resume=True, lr=told.lr)["epoch"] == [1, 2, 3]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The options of the optimiser's groups in every step that is taken, and a weight before and after it."""
+    taken, plain = [], torch.optim.AdamW.step
+
+    def watched(optimizer, closure=None):
+        weight = optimizer.param_groups[0]["params"][0]
+        before = weight.detach().clone()
+        loss = plain(optimizer, closure)
+        taken.append(([dict(group) for group in optimizer.param_groups], before, weight.detach().clone()))
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return taken
+
+
 @pytest.mark.fault(45)
-def test_weight_decay_and_averages_can_be_overridden(train, make_task, stopped, monkeypatch):
-    """What a checkpoint brings along of the old ones has no say."""
-    made, plain = [], engine.make_optimizer
-    monkeypatch.setattr(engine, "make_optimizer", lambda *args, **kw: made.append(plain(*args, **kw)) or made[-1])
-    changed = {"weight_decay": 0.3, "ema": 0.9}
+def test_weight_decay_and_averages_can_be_overridden(train, make_task, stopped, steps):
+    """What a checkpoint brings along of the old ones has no say, in any step."""
+    changed = {"weight_decay": 30.0, "ema": 0.9}
     train(make_task(), out=stopped, resume=True, override=list(changed), **changed)
-    assert [group["weight_decay"] for group in made[0].param_groups] == [0.3, 0.0]
-    history = train(make_task(), out=stopped, resume=True, epochs=4, weight_decay=0.3, ema=0.0, override=["ema"])
+    assert len(steps) == 12
+    for groups, before, after in steps:
+        assert [group["weight_decay"] for group in groups] == [30.0, 0.0]
+        shrunk = before * (1 - groups[0]["lr"] * 30.0)  # to which Adam adds no more than a few rates
+        assert (after - shrunk).abs().max() < 3 * groups[0]["lr"]
+    history = train(make_task(), out=stopped, resume=True, epochs=4, weight_decay=30.0, ema=0.0, override=["ema"])
     assert len(history) == 4
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize(("was", "found"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_precision_can_be_overridden(was, found, train, tmp_path, steps):
+    with pytest.raises(Interrupted):
+        train(out=tmp_path, precision=was, hook=stop_at(11))
+    steps.clear()
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    for group in state["optimizer_states"][0]["param_groups"]:
+        group["fused"] = False  # as fp16 has it
+    torch.save(state, checkpoint)
+    assert len(train(out=tmp_path, resume=True, precision=found, override=["precision"])) == 3
+    assert {group["fused"] for groups, *_ in steps for group in groups} == {True}
+
+
+def test_names_of_files_may_be_any_bytes(train, images, tmp_path):
+    """As Python reads them: a byte that is not UTF-8 is half a surrogate."""
+    strange, plain = (other(images[0], ids=[name, *images[0].ids[1:]]) for name in ("a/\udcff.png", "a/f.png"))
+    train(out=tmp_path, images=(images[0], images[1]), epochs=1)
+    for number, part in enumerate((strange, plain)):
+        fit_on = {"images": (part, images[1]), "epochs": 2 + number}
+        with pytest.raises(ValueError, match=r"images\.sha256"):
+            train(out=tmp_path, resume=True, **fit_on)
+        train(out=tmp_path, resume=True, override=["images"], **fit_on)
 
 
 @pytest.mark.fault(45)

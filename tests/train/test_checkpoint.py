@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vitrail.train import checkpoint
-from vitrail.train.checkpoint import WholeFiles, best_whole, damage, newest_whole
+from vitrail.train.checkpoint import KEPT, WholeFiles, best_whole, damage, newest_whole
 
-STATE = {"state_dict": {"w": torch.ones(2)}, "history": {}, "told": {}}
+STATE = {name: dict.fromkeys(parts, 0) for name, parts in KEPT.items()} | {"state_dict": {"w": torch.ones(2)}}
 
 
 @pytest.mark.fault(13)

@@ -102,6 +102,24 @@ def test_fused_equals_plain(make_task):
     torch.testing.assert_close(*weights)
 
 
+def test_of_a_checkpoint_only_moments_and_rates_are_taken(make_task):
+    """How it steps is its own: with the decay it was made with, and the kernel that its precision needs."""
+    task = make_task()
+    saved = make_optimizer(task, OptimConfig(weight_decay=0.3), fused=False)
+    for p in task.parameters():
+        p.grad = torch.ones_like(p)
+    saved.step()
+    for group in saved.param_groups:
+        group["lr"] = 0.125
+    for fused in (True, False):
+        optimizer = make_optimizer(task, OptimConfig(weight_decay=0.1), fused=fused)
+        own = [{**group, "lr": 0.125} for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved.state_dict())
+        assert all(group == was for group, was in zip(optimizer.param_groups, own, strict=True))
+        assert optimizer.state[own[0]["params"][0]]["exp_avg"].any()
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

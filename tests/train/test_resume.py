@@ -255,8 +255,36 @@ def test_a_longer_schedule_is_told_of(train, tmp_path, caplog):
     assert caplog.messages == ["--epochs was 1 and is 2: from here on the learning rate follows the schedule of 2"]
 
 
+@pytest.mark.fault(48)
+def test_a_schedule_shorter_than_the_run_is_refused_and_leaves_it_as_it_was(train, tmp_path):
+    train(out=tmp_path, epochs=3)
+    before = (tmp_path / "config.yaml").read_text()
+    for epochs in (1, 2):
+        with pytest.raises(ValueError, match=f"^--epochs must be at least 3, which are done; got {epochs}$"):
+            train(out=tmp_path, epochs=epochs, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert len(train(out=tmp_path, epochs=3, resume=True)) == 3
+
+
+def test_a_resume_that_makes_no_checkpoint_leaves_the_config_as_it_was(train, tmp_path):
+    """Or what it was told would be what the next resume is told."""
+    train(out=tmp_path, epochs=1)
+    before = (tmp_path / "config.yaml").read_text()
+
+    def fail(batch):
+        raise KeyError("the disk is gone")
+
+    with pytest.raises(KeyError):
+        train(out=tmp_path, epochs=2, resume=True, hook=fail)
+    assert (tmp_path / "config.yaml").read_text() == before
+    train(out=tmp_path, epochs=2, resume=True)
+    assert "epochs: 2" in (tmp_path / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(("strange", "lacks"), [
-    ({"state_dict": {}, "told": {}}, "history"),
+    ({"state_dict": {}, "told": {"trained": {}}}, "history"),
+    ({"state_dict": {}, "told": {}, "history": {"rows": [], "totals": {}, "images": 0, "seconds": 0, "skipped": 0}},
+     r"history\.weight, told\.trained"),
     ({"weight": torch.zeros(1)}, "history, state_dict, told"),
 ])  # fmt: skip
 def test_a_checkpoint_of_somebody_else_is_refused(strange, lacks, train, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitrail.train.checkpoint import BEST, Checkpoints, WholeFiles, damage, newest_whole
+from vitrail.train.checkpoint import BEST, KEPT, Checkpoints, WholeFiles, damage, newest_whole
 from vitrail.train.claim import claimed
 
 FORK = multiprocessing.get_context("fork")
@@ -28,7 +28,8 @@ def save_for_ever(run, said):
     with claimed(run):
         for number in count(1):
             state = {name: torch.full((NUMBERS,), float(number)) for name in "abc"}
-            content = {"state_dict": state, "history": {"rows": []}, "told": {"number": number}}
+            parts = {name: {key: [] for key in inner} for name, inner in KEPT.items()}
+            content = parts | {"state_dict": state, "told": {"trained": {}, "number": number}}
             trainer = SimpleNamespace(
                 lightning_module=nn.Linear(1, 1),
                 is_global_zero=True,

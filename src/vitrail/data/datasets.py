@@ -332,9 +332,9 @@ def _held(
     paths: list[Path], labels: Tensor, names: tuple[str, ...], ids: list[str], in_memory: bool | None, skip: bool
 ) -> ImageSet:
     if in_memory or (in_memory is None and _look_small(paths, skip)):
-        unread: dict[int, str] = {}
+        bad: dict[int, str] = {}
         try:
-            return TensorSet(read_images(paths, unread if skip else None), labels, names, ids, unread)
+            return TensorSet(read_images(paths, bad if skip else None), labels, names, ids, bad)
         except UnequalSizesError:
             if in_memory:
                 raise

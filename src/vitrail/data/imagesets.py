@@ -67,6 +67,8 @@ class ImageSet(Dataset[Sample], ABC):
     """one name per image: a path below the data set's folder, or a number"""
     size: tuple[int, int] | None = None
     """height and width that all images share, or None"""
+    channels: int = 3
+    """of every image"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,8 +138,8 @@ def _stacked(key: str, values: list[Any]) -> Tensor:
 class TensorSet(ImageSet):
     """Small images of one size, held as one uint8 tensor (N, C, H, W).
 
-    `unread` says, by row, why images could not be read: they are black, have no part in the statistics, and to ask for
-    one raises `ImageError`.
+    `bad_images` says, by row, why images could not be read: they are black, have no part in the statistics, and to ask
+    for one raises `ImageError`.
     """
 
     def __init__(
@@ -146,42 +148,45 @@ class TensorSet(ImageSet):
         labels: Tensor,
         classes: Sequence[str],
         ids: Sequence[str],
-        unread: Mapping[int, str] | None = None,
+        bad_images: Mapping[int, str] | None = None,
     ) -> None:
         self.images, self.labels, self.classes, self.ids = images, labels, tuple(classes), ids
-        self.size = (images.shape[-2], images.shape[-1])
-        self.unread = dict(unread or {})
+        self.size, self.channels = (images.shape[-2], images.shape[-1]), images.shape[1]
+        self.bad_images = dict(bad_images or {})
 
     def image(self, index: int) -> Tensor:
-        if index in self.unread:
-            raise ImageError(self.unread[index])
+        if index in self.bad_images:
+            raise ImageError(self.bad_images[index])
         return self.images[index]
 
     def subset(self, indices: Tensor) -> TensorSet:
         rows = indices.tolist()
-        unread = {place: self.unread[row] for place, row in enumerate(rows) if row in self.unread}
-        return TensorSet(
-            self.images[indices], self.labels[indices], self.classes, [self.ids[row] for row in rows], unread
-        )
+        bad = {place: self.bad_images[row] for place, row in enumerate(rows) if row in self.bad_images}
+        return TensorSet(self.images[indices], self.labels[indices], self.classes, [self.ids[row] for row in rows], bad)
 
     def gather(self, indices: Sequence[int]) -> Batch:
-        if bad := self.unread.keys() & set(indices):
-            raise ImageError(self.unread[min(bad)])
+        if bad := self.bad_images.keys() & set(indices):
+            raise ImageError(self.bad_images[min(bad)])
         rows = torch.as_tensor(indices)
         return Batch(image=self.images[rows], label=self.labels[rows], id=[self.ids[index] for index in indices])
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        read = [row for row in range(len(self)) if row not in self.unread] if self.unread else slice(None)
-        if not read:
+        if len(self.bad_images) == len(self):
             return super().statistics()
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in self.images[read].unbind(1):
-            weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        bad = self.images[list(self.bad_images)]  # taken away again: the others alone would be a copy of the set
+        for channel, black in zip(self.images.unbind(1), bad.unbind(1), strict=True):
+            counts = _histogram(channel) - _histogram(black)
+            weights = counts.double() / counts.sum()
             mean = float(weights @ values)
             means.append(round(mean, 6))
             stds.append(round(max(math.sqrt(float(weights @ (values - mean) ** 2)), 1 / 255), 6))
         return tuple(means), tuple(stds)
+
+
+def _histogram(pixels: Tensor) -> Tensor:
+    return torch.bincount(pixels.flatten(), minlength=256)
 
 
 class FileSet(ImageSet):
@@ -238,7 +243,7 @@ class Splits:
     def digests(self) -> dict[str, str]:
         """sha256 of the sorted ids of every part that was drawn: tells whether a draw is the same again."""
         return {
-            part: hashlib.sha256("\n".join(sorted(getattr(self, part).ids)).encode()).hexdigest() for part in self.drawn
+            part: hashlib.sha256(_bytes("\n".join(sorted(getattr(self, part).ids)))).hexdigest() for part in self.drawn
         }
 
     def preprocess(self, img_size: int | None = None) -> Preprocess:
@@ -283,4 +288,9 @@ def draw_stratified(labels: Tensor, ids: Sequence[str], fraction: float, parts: 
 
 
 def _rank(seed: int, identity: str) -> bytes:
-    return hashlib.blake2b(f"{seed} {identity}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(_bytes(f"{seed} {identity}"), digest_size=16).digest()
+
+
+def _bytes(names: str) -> bytes:
+    """As the file system has them: a name need not be UTF-8."""
+    return names.encode(errors="surrogateescape")

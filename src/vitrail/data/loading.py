@@ -147,13 +147,18 @@ class Drawing(Dataset[Drawn]):
     def _made(self, picks: Sequence[Pick]) -> Drawn:
         if self.images.size is not None and not (self.transform and self.transform.random):
             try:
-                return Drawn(self._at_once(picks), {}, len(picks))
+                return Drawn(self._at_once(picks), {})
             except ImageError:
                 if not self.skip:
                     raise
         bad: dict[str, str] = {}
-        samples = [self._cut(pick, sample) for pick in picks if (sample := self._read(pick, bad)) is not None]
-        return Drawn(collate(samples or [self._blank(picks[0])]), bad, len(samples))
+        samples: list[Sample] = []
+        for pick in picks:
+            if (sample := self._read(pick, bad)) is not None:
+                samples.append(self._cut(pick, sample))
+            elif self.train:  # an error raised in a worker would not bring along what it met
+                return Drawn(Batch(image=torch.empty(0)), bad, _too_many(bad))
+        return Drawn(collate(samples or [self._blank(picks[0])]), bad)
 
     def _at_once(self, picks: Sequence[Pick]) -> Batch:
         self.board.begin(picks[0].row)
@@ -161,20 +166,15 @@ class Drawing(Dataset[Drawn]):
         return batch if self.transform is None else Batch(**{**batch, "image": _moved(self.transform, batch)})
 
     def _read(self, pick: Pick, bad: dict[str, str]) -> Sample | None:
-        """The image that was picked or the one that is drawn for it; None for one to be left out. Fills `bad`."""
-        rows = self._rows(pick)
-        for row in rows:
+        """The image that was picked or the one that is drawn for it; None where none can be read. Fills `bad`."""
+        for row in self._rows(pick):
             self.board.begin(row)
             try:
                 return self.images[row]
             except ImageError as error:
                 if not self.skip:
                     raise
-                bad[self.images.ids[row]] = why = str(error)
-        if self.train:
-            raise ImageError(
-                f"--on-bad-image skip met {len(rows)} images in a row that cannot be read; the last: {why}"
-            )
+                bad[self.images.ids[row]] = str(error)
         return None
 
     def _rows(self, pick: Pick) -> list[int]:
@@ -193,8 +193,15 @@ class Drawing(Dataset[Drawn]):
 
     def _blank(self, pick: Pick) -> Sample:
         """For a batch that lost all its images: processes must share every pass, and no kernel takes an empty one."""
-        black = torch.zeros(3, *(self.images.size or (1, 1)), dtype=torch.uint8)
+        black = torch.zeros(self.images.channels, *(self.images.size or (1, 1)), dtype=torch.uint8)
         return self._cut(pick, Sample(image=black, label=UNLABELLED, id=self.images.ids[pick.row]))
+
+
+def _too_many(bad: dict[str, str]) -> str:
+    return (
+        f"--on-bad-image skip met {TRIES} images in a row that cannot be read, and others may be like them; "
+        f"the last: {list(bad.values())[-1]}: mend the files, or name another folder"
+    )
 
 
 def _moved(transform: Transform, item: Sample | Batch) -> Tensor:
@@ -249,8 +256,8 @@ def make_loader(
     lost all, it holds one black image with the label -100, which is none: losses and figures leave it out.
 
     Raises `ValueError` for images of many sizes without a `transform`, and for many more workers than this machine has
-    cores; while iterating `ImageError`, naming the file, or, to skip, where many in a row or all that are to be judged
-    cannot be read; and `LoaderError` for a worker that died or, for `timeout` seconds (0: for ever), gave no batch.
+    cores; while iterating `ImageError`, naming the file, or, to skip, where many in a row to train on cannot be read;
+    and `LoaderError` for a worker that died or, for `timeout` seconds (0: for ever), gave no batch.
     """
     check_workers(workers)
     check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
@@ -259,9 +266,10 @@ def make_loader(
     drawing = Drawing(images, transform, seed, board, train=train, skip=on_bad_image == "skip")
     own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one
     return WatchedLoader(
-        drawing, board=board, names=images.ids, timeout=timeout if workers else 0, batch_sampler=order,
-        collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(), generator=own_generator, worker_init_fn=_ignore_interrupt,
+        drawing, board=board, names=images.ids, learnt=images if train else None,
+        timeout=timeout if workers else 0, batch_sampler=order, collate_fn=_as_it_is,
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        generator=own_generator, worker_init_fn=_ignore_interrupt,
     )  # fmt: skip
 
 

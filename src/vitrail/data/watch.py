@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from vitrail.data.badimages import BadImages, counted
+from vitrail.data.badimages import BadImages
+from vitrail.data.imagesets import ImageSet
 from vitrail.images import ImageError
 from vitrail.records import Batch
 
@@ -59,45 +60,49 @@ class Drawn(NamedTuple):
     batch: Batch
     bad: dict[str, str]
     """the images that it met and could not read: id -> why"""
-    read: int
-    """how many of the batch are images of the set"""
+    end: str = ""
+    """why there can be no batch, which is then empty: the run ends when `bad` is taken up"""
 
 
 class WatchedLoader(DataLoader[Batch]):
     """A `DataLoader` whose `RuntimeError`s about workers become `LoaderError`s that name worker, image and path.
 
     `timeout` is in seconds, for each batch; 0 waits for ever. Workers that hang are ended with the error.
-    `bad` are the images that were met and could not be read; loaders of one run may share it.
+    `bad` are the images that were met and could not be read; loaders of one run may share it. `names` are the ids of
+    all images, `learnt` the images themselves where they are for training. Raises `ImageError` for a batch that says
+    why it ends the run.
     """
 
-    def __init__(self, *args: Any, board: Board, names: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, board: Board, names: Sequence[str], learnt: ImageSet | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self._board, self._names, self.bad = board, names, BadImages()
+        self._board, self.names, self._learnt, self.bad = board, names, learnt, BadImages()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         inner = super().__iter__()
+        if self._learnt is not None:
+            self.bad.learnt = self._learnt
+        while (drawn := self._next(inner)) is not None:
+            self.bad.add(drawn.bad)
+            if drawn.end:
+                raise ImageError(drawn.end)
+            yield drawn.batch
+        self.bad.say_unlearnt()
+
+    def _next(self, inner: Iterator[Any]) -> Drawn | None:
+        """What a worker gives next; None at the end of the pass."""
         try:
-            yield from self._taken(inner)
+            return next(inner, None)
         except (RuntimeError, OSError, EOFError) as error:  # a batch may be lost on its way from a worker that died
             workers = list(getattr(inner, "_workers", []))
-            hangs = "timed out" in str(error)
+            hangs = str(error).startswith("DataLoader timed out")  # a disk may say "timed out" too
             gone = [] if hangs else [n for n, worker in enumerate(workers) if _is_gone(worker)]
             if not hangs and not gone:
                 raise
             message = self._hanging(workers) if hangs else self._dead(workers, gone)
             self._end(inner, workers)
             raise LoaderError(message) from None
-
-    def _taken(self, inner: Iterator[Any]) -> Iterator[Batch]:
-        """The batches alone. Raises `ImageError` where none of a pass has an image."""
-        read, met = 0, dict[str, str]()
-        for number, drawn in enumerate(inner, 1):
-            self.bad.add(drawn.bad)
-            read, met = read + drawn.read, met | drawn.bad
-            if not read and number == len(self):
-                first = next(iter(met.values()))
-                raise ImageError(f"figures need an image that can be read; got {counted(len(met))}, none is: {first}")
-            yield drawn.batch
 
     def _dead(self, workers: list[Any], gone: list[int]) -> str:
         how = "; ".join(f"worker {n} {_cause(workers[n].exitcode)} while at {self._place(n)}" for n in gone)
@@ -114,7 +119,7 @@ class WatchedLoader(DataLoader[Batch]):
 
     def _place(self, worker: int) -> str:
         seen = self._board.read(worker)
-        return "no image" if seen is None else f"{self._names[seen[0]]} (image {seen[0]})"
+        return "no image" if seen is None else f"{self.names[seen[0]]} (image {seen[0]})"
 
     def _end(self, inner: Any, workers: list[Any]) -> None:
         """Ends all workers, those that hang by force. Torch, while it ends them, may tell of the dead one once more."""

@@ -23,7 +23,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from vitrail.layers.linear import Linear
 
 Kernel = Literal["auto", "fused", "eager"]
-EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys
+EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys,
+EAGER_SCORES = 2**14  # and from about this many scores on: below, one call is less work than five
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def attend(
     if rows is not None:
         q = q[:, :, :rows]
         bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :rows, :]
-    if mix is None and _fused(kernel, k):
+    if mix is None and _fused(kernel, q, k):
         if causal and bias is not None:  # SDPA takes one or the other
             bias, causal = bias + causal_bias(q, k), False
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
@@ -116,7 +117,8 @@ def attention_weights(
     """The matrix that weighs the values, (B, H, Q, N). Rows sum to 1 unless `mix` is given."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)  # (B·H, Q, D), (B·H, D, N)
-    scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale).view(*q.shape[:-1], -1)
+    scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale)
+    scores = scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     scores = scores if mix is None else mix_heads(scores, mix.before)
     scores = scores if bias is None else scores + bias
     scores = scores + causal_bias(q, k) if causal else scores
@@ -135,11 +137,13 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
     return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
 
 
-def _fused(kernel: Kernel, k: Tensor) -> bool:
+def _fused(kernel: Kernel, q: Tensor, k: Tensor) -> bool:
     if kernel != "auto":
         return kernel == "fused"
-    slow_sdpa = k.dtype == torch.bfloat16 and k.device.type == "cpu" and k.shape[-2] <= EAGER_TOKENS
-    return not slow_sdpa or torch.compiler.is_compiling()
+    if k.dtype != torch.bfloat16 or k.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return k.shape[2] > EAGER_TOKENS or scores < EAGER_SCORES
 
 
 class Attention(nn.Module):
@@ -181,7 +185,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
     ) -> Tensor:
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)  # (B, N, 3, H, D)
+        heads = (3, self.num_heads, x.shape[2] // self.num_heads)
+        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], *heads)  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop if self.training else 0.0

@@ -128,7 +128,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
     ) -> Tensor:
-        seen = self.attn(self.norm1(x), bias=bias, layout=layout, rows=rows)
+        seen = self.attn(self.norm1(x), bias=bias, layout=layout, **_asked(rows))
         x = x[:, :rows] + self.drop_path1(self.ls1(seen))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -142,16 +142,16 @@ def run_block(
     layout: Layout | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016).
-
-    Only a `Block` need know of `rows`.
-    """
-    options: dict[str, Any] = {"bias": bias, "layout": layout}
-    if rows is not None:
-        options["rows"] = rows
+    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016)."""
+    run = partial(block, bias=bias, layout=layout, **_asked(rows))
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False, **options)
-    return block(x, **options)
+        return checkpoint(run, x, use_reentrant=False)
+    return run(x)
+
+
+def _asked(rows: int | None) -> dict[str, Any]:
+    """Who is not asked for `rows` need not know of it: blocks and attention of somebody else."""
+    return {} if rows is None else {"rows": rows}
 
 
 def is_hooked(*modules: nn.Module) -> bool:

@@ -4,8 +4,8 @@
     oneDNN        multiplies and adds in one pass; on some chips its fp32 product alone is twice as fast, on others not
 
 So in bf16 oneDNN is called where there is no gradient to follow; in fp32 where, besides, a timing of some milliseconds,
-once in a process, says that it pays. The two agree to fp32's rounding. Whoever needs the same bits in every process
-(`train.fit`, which goes on bit for bit) holds `plain_linear()` meanwhile.
+made once for each number of threads, says that it pays. Sums are rounded otherwise, by no more. Whoever needs the same
+bits in every process (`train.fit`, which goes on bit for bit) holds `plain_linear()` meanwhile.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ _PLAIN: ContextVar[bool] = ContextVar("plain_linear", default=False)
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by the fastest kernel: (…, in_features) -> (…, out_features)."""
+    """`torch.nn.Linear` by the fastest kernel: (…, in_features) -> (…, out_features).
+
+    What looks for `type(layer) is nn.Linear`, as `torch.ao.quantization` does, passes it by; `isinstance` finds it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _takes_onednn(x, self.weight):
+        if torch.is_grad_enabled() or not _takes_onednn(x, self.weight, self.bias):
             return F.linear(x, self.weight, self.bias)
         return _onednn(x, self.weight, self.bias)
 
@@ -49,12 +52,13 @@ def plain_linear() -> Iterator[None]:
         _PLAIN.reset(before)
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """oneDNN's operator follows neither gradients nor autocast, and is for tensors that fit and are what they seem."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or x.numel() * weight.size(0) < LEAST:
         return False
-    fitting = x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1]
-    if not fitting or x.device.type != "cpu" or _PLAIN.get() or _is_traced(x, weight):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    fitting = x.shape[-1] == weight.shape[-1] and len({t.dtype for t in tensors}) == 1
+    if not fitting or {t.device.type for t in tensors} != {"cpu"} or _PLAIN.get() or _is_traced(*tensors):
         return False
     free = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return bool(free) and _is_fast(x.dtype, torch.get_num_threads())
@@ -79,7 +83,8 @@ def _is_fast(dtype: torch.dtype, threads: int) -> bool:
 
 def _pays() -> bool:
     """Times one fp32 product of a ViT's shape both ways, in turns, and compares the best of each."""
-    x, weight, bias = torch.ones(512, 768), torch.ones(768, 768), torch.ones(768)
+    sizes = (512, 768), (768, 768), (768,)
+    x, weight, bias = (torch.ones(size, dtype=torch.float32, device="cpu") for size in sizes)
     calls: tuple[Callable[..., Tensor], ...] = (_onednn, F.linear)
     took = [[_seconds(call, x, weight, bias) for call in calls] for _ in range(ROUNDS)]
     onednn, usual = (min(column) for column in zip(*took, strict=True))  # the first round makes the kernels

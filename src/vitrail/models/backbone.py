@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from importlib.metadata import version
@@ -145,7 +146,7 @@ class Backbone(nn.Module, ABC):
         """
         return self.forward_head(self._read(images, mask))
 
-    def heads(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def logits_by_head(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """images (B, C, H, W) -> the logits (B, K) of each head, for losses that tell heads apart."""
         return self.forward_heads(self._read(images, mask))
 
@@ -245,6 +246,20 @@ class Backbone(nn.Module, ABC):
     def _plain_state(self) -> dict[str, Tensor]:
         """The state by the names that parameters have without `torch.compile`."""
         return {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
+
+
+@contextmanager
+def drawn_once(model: Backbone) -> Iterator[None]:
+    """Layers made within get their memory and first weights at its end, by `init_weights`, where the default device is.
+
+    By themselves they would each draw weights first that `init_weights` then draws again.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        yield
+    if device.type != "meta":
+        model.to_empty(device=device)
+    model.init_weights()
 
 
 def choose(kind: type[T], config: T | None, given: Mapping[str, Any]) -> T:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.embed import Size, pair
 from vitrail.layers.tokens import mean_tokens
-from vitrail.models.backbone import Backbone, FeatureInfo, Features, choose, family_config
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, choose, drawn_once, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
 
@@ -85,21 +85,21 @@ class ResNet(Backbone):
         self.config = c = choose(ResNetConfig, config, fields)
         self.preprocess = Preprocess(img_size=pair(c.img_size)) if c.in_chans == 3 else _grey(c)
         kernel, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
-        self.conv1 = nn.Conv2d(c.in_chans, c.embed_dim, kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(c.embed_dim)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if c.stem == "imagenet" else nn.Identity()
-        widths = [c.embed_dim * 2**i for i in range(len(c.depths))]
-        inputs = [c.embed_dim, *widths[:-1]]
-        self.stages = [f"layer{i + 1}" for i in range(len(c.depths))]
-        for i, name in enumerate(self.stages):
-            self.add_module(name, _stage(inputs[i], widths[i], c.depths[i], stride=1 if i == 0 else 2))
-        first = 4 if c.stem == "imagenet" else 1
-        self.feature_info = [FeatureInfo(w, first * 2**i, self.stages[i]) for i, w in enumerate(widths)]
-        self.num_features, self.grad_checkpointing = widths[-1], False
-        self.head_drop = nn.Dropout(c.drop_rate)
-        self.fc = nn.Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
-        self.init_weights()
+        with drawn_once(self):
+            self.conv1 = nn.Conv2d(c.in_chans, c.embed_dim, kernel, stride, kernel // 2, bias=False)
+            self.bn1 = nn.BatchNorm2d(c.embed_dim)
+            self.relu = nn.ReLU(inplace=True)
+            self.maxpool = nn.MaxPool2d(3, 2, 1) if c.stem == "imagenet" else nn.Identity()
+            widths = [c.embed_dim * 2**i for i in range(len(c.depths))]
+            inputs = [c.embed_dim, *widths[:-1]]
+            self.stages = [f"layer{i + 1}" for i in range(len(c.depths))]
+            for i, name in enumerate(self.stages):
+                self.add_module(name, _stage(inputs[i], widths[i], c.depths[i], stride=1 if i == 0 else 2))
+            first = 4 if c.stem == "imagenet" else 1
+            self.feature_info = [FeatureInfo(w, first * 2**i, self.stages[i]) for i, w in enumerate(widths)]
+            self.num_features, self.grad_checkpointing = widths[-1], False
+            self.head_drop = nn.Dropout(c.drop_rate)
+            self.fc = nn.Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
 
     def _through(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:

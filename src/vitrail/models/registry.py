@@ -48,7 +48,9 @@ def build_model(name: str, **overrides: Any) -> Backbone:
     row = resolve_name(name, min(pair(sizes[0])) if sizes else 224)
     family = FAMILIES[ROWS[row]]
     base = family.variants[row]
-    return _initialised(family, replace(base, **spelled(family.config, overrides, base)), row)
+    model = family.model(replace(base, **spelled(family.config, overrides, base)))
+    model.variant = row
+    return model
 
 
 def build_from_config(family: str, config: Mapping[str, Any], variant: str = "") -> Backbone:
@@ -60,17 +62,8 @@ def build_from_config(family: str, config: Mapping[str, Any], variant: str = "")
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(f"the config of {family!r} has no field {', '.join(map(repr, unknown))}")
-    return _initialised(kind, kind.config(**config), variant)
-
-
-def _initialised(family: Family, config: Any, variant: str) -> Backbone:
-    """Built without weights, which are then drawn once: PyTorch's layers would each have drawn theirs before."""
-    device = torch.get_default_device()
-    with torch.device("meta"):
-        model = family.model(config)
+    model = kind.model(kind.config(**config))
     model.variant = variant
-    if device.type != "meta":
-        model.to_empty(device=device).init_weights()
     return model
 
 

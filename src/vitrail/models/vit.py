@@ -25,12 +25,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Kernel, Layout
+from vitrail.layers.attention import Attention, Kernel, Layout
 from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, is_hooked, run_block
 from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_positions, sincos_2d
 from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
-from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, choose, family_config
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, choose, drawn_once, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
 
@@ -159,20 +159,20 @@ class VisionTransformer(Backbone):
         self.config = c = choose(ViTConfig, config, fields)
         self.num_features, self.num_prefix_tokens = c.embed_dim, int(c.class_token) + c.reg_tokens
         self.preprocess = Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)
-        self.patch_embed = PatchEmbed(
-            c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad
-        )
-        self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
-        self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
-        self._make_positions()
-        self.pos_drop = nn.Dropout(c.pos_drop_rate)
-        rates = torch.linspace(0, c.drop_path_rate, c.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(_block(c, rate) for rate in rates)
-        self._make_head()
+        with drawn_once(self):
+            self.patch_embed = PatchEmbed(
+                c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad
+            )
+            self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
+            self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
+            self._make_positions()
+            self.pos_drop = nn.Dropout(c.pos_drop_rate)
+            rates = torch.linspace(0, c.drop_path_rate, c.depth, device="cpu").tolist()
+            self.blocks = nn.ModuleList(_block(c, rate) for rate in rates)
+            self._make_head()
         self.grad_checkpointing = False
         rows, columns = pair(c.patch_size)
         self.feature_info = [FeatureInfo(c.embed_dim, rows, f"blocks.{i}", columns) for i in range(c.depth)]
-        self.init_weights()
 
     def _make_positions(self) -> None:
         c = self.config
@@ -255,9 +255,15 @@ class VisionTransformer(Backbone):
         return self.encode(self.embed(images, mask))
 
     def _read(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """The last block makes only the class token where that is all the head reads and no hook looks at the rest."""
-        last = self.blocks[-1] if len(self.blocks) else None
-        if self.config.global_pool != "token" or not isinstance(last, Block) or is_hooked(last, self.norm):
+        """The last block makes only the class token, where that is all the head reads and no hook looks at the rest.
+
+        Not where dropout would draw otherwise in training, nor in families that may read more: they say it themselves.
+        """
+        c = self.config
+        dropping = self.training and (c.proj_drop_rate or c.attn_drop_rate)
+        last = next(reversed(self.blocks), None) if type(self) is VisionTransformer else None
+        known = type(last) is Block and type(last.attn) is Attention
+        if c.global_pool != "token" or dropping or not known or is_hooked(*self.blocks[-1:], self.norm):
             return self.forward_features(images, mask)
         tokens = self._through(self.embed(images, mask), rows=1)[0]
         return tokens._replace(x=self.norm(tokens.x))
@@ -381,7 +387,7 @@ def _block(c: ViTConfig, drop_path: float) -> Block:
 @torch.no_grad()
 def _trunc_normal(weight: Tensor, std: float) -> None:
     """A normal cut off at two of its deviations, and as much wider that `std` is left, as in JAX; drawn in one pass."""
-    edge = math.erf(math.sqrt(2))
+    edge = math.erf(math.sqrt(2)) * (1 - 1e-6)  # or rounding would pass the cut
     weight.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * std / 0.87962566)
 
 

@@ -106,7 +106,7 @@ def evaluate(task: Task, loader: Iterable[Batch | Sequence[Any]]) -> dict[str, T
     """All figures of a task over a loader, on the CPU: 0-dimensional scores and tables, by their names.
 
     The task is in evaluation mode meanwhile, without gradients; its mode is restored, after an error too.
-    Raises `ValueError` for a loader without batches.
+    Raises `ValueError` for a loader without batches, and where a figure is of nothing.
     """
     metrics, seen = task.metrics(), 0
     with evaluating(task):

@@ -69,7 +69,7 @@ class Classify(Task):
         """
         self.check(batch)
         label = _target(batch["label"])
-        heads = self.backbone.heads(*self._seen(batch))
+        heads = self.backbone.logits_by_head(*self._seen(batch))
         losses = [_cross_entropy(logits, label, self.label_smoothing).sum() for logits in heads]
         weight = labelled(label).sum()
         return {"loss": torch.stack(losses).mean() / weight.where(weight > 0, 1)}
@@ -89,14 +89,14 @@ class Classify(Task):
         return classification_scores(self.num_classes, UNLABELLED).to(self.device)
 
     def update(self, metrics: MetricCollection, batch: Batch) -> None:
-        """Adds the labelled images of a batch.
+        """Adds the labelled images of a batch. Figures without any raise `ValueError` when they are computed.
 
-        Of a soft label the largest share is the true class, but `loss` takes all of it.
+        Of a soft label the largest share is the true class, but `loss` takes all of it, weighed as in training.
         """
         self.check(batch)
         label, logits = _target(batch["label"]), self.logits(batch)
-        losses = _cross_entropy(logits, label)[labelled(label) > 0]
-        metrics.update(preds=logits, target=hard_labels(label), value=losses)
+        losses, weights = _cross_entropy(logits, label), labelled(label)
+        metrics.update(preds=logits, target=hard_labels(label), losses=losses, weights=weights)
 
     def predict(self, batch: Batch, top: int = 5) -> list[Classification]:
         """The best `top` classes of each image with their softmax probabilities; ids are the batch's, or empty."""
@@ -177,7 +177,7 @@ def _sound(label: Tensor, count: int) -> Tensor:
 
 def labelled(label: Tensor) -> Tensor:
     """(B,) float: 1 for an image with a class index and 0 for `UNLABELLED`; of shares (B, K) their sum."""
-    return label.sum(-1) if label.is_floating_point() else (label != UNLABELLED).float()
+    return label.sum(-1) if label.is_floating_point() else (label.long() != UNLABELLED).float()
 
 
 def _cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:

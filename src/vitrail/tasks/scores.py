@@ -2,7 +2,7 @@
 
 | figure                  | law                                                                               |
 |-------------------------|-----------------------------------------------------------------------------------|
-| `loss`                  | mean cross-entropy                                                                |
+| `loss`                  | mean cross-entropy, each image weighing as much as of it is labelled              |
 | `accuracy`              | share of images whose best class is the true one                                  |
 | `balanced_accuracy`     | mean recall over the classes that occur                                           |
 | `precision` (K,)        | of the images called k, the share that is k; NaN where none is called so          |
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
@@ -33,15 +33,16 @@ from torchmetrics.classification import (
 
 
 def classification_scores(num_classes: int, unlabelled: int) -> MetricCollection:
-    """All figures above. `update(preds=logits (B, K), target=(B,), value=losses (n,))` adds a batch.
+    """All figures above. `update(preds=logits (B, K), target=(B,), losses=(B,), weights=(B,))` adds a batch.
 
-    Images whose target is `unlabelled` do not count; `value` leaves them out. Targets are taken as checked.
+    Images whose target is `unlabelled`, and losses that weigh nothing, do not count. Targets are taken as checked.
+    `compute` raises `ValueError` where nothing counted: of several processes, in none of them.
     """
     given: dict[str, Any] = {"num_classes": num_classes, "ignore_index": unlabelled, "validate_args": False}
     unknown: dict[str, Any] = {**given, "zero_division": math.nan}
     return MetricCollection(
         {
-            "loss": MeanMetric(nan_strategy="disable"),  # a NaN is shown; torchmetrics 1.9 then ignores weights
+            "loss": MeanLoss(),
             "accuracy": MulticlassAccuracy(average="micro", **given),
             "balanced_accuracy": BalancedAccuracy(**given),
             "precision": MulticlassPrecision(average="none", **unknown),
@@ -53,12 +54,45 @@ def classification_scores(num_classes: int, unlabelled: int) -> MetricCollection
     )
 
 
-class BalancedAccuracy(MulticlassConfusionMatrix):
-    """Mean recall over the classes that occur; a class that is only ever guessed does not count."""
+class MeanLoss(Metric):
+    """`update(losses (B,), weights (B,))` -> the sum of the losses over that of the weights, as in training.
+
+    A loss already holds its weight; what weighs nothing does not count. A NaN is shown, which torchmetrics' own mean
+    does only where it ignores weights.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, weights: Tensor) -> None:
+        self.total += losses.where(weights > 0, 0).sum()
+        self.weight += weights.sum()
 
     def compute(self) -> Tensor:
-        confusion = super().compute()
+        return self.total / self.weight
+
+
+class BalancedAccuracy(MulticlassConfusionMatrix):
+    """Mean recall over the classes that occur; a class that is only ever guessed does not count.
+
+    `compute` raises `ValueError` where none occurs: the other figures would then be 0 or NaN, and look like figures.
+    """
+
+    def compute(self) -> Tensor:
+        confusion = super().compute()  # over all processes, so that all of them raise or none does
         images = confusion.sum(1)
+        if not images.any():
+            raise ValueError(
+                "figures need an image that can be read and has a label; got none: look at the labels, and at the "
+                "images that were left out"
+            )
         return (confusion.diagonal()[images > 0] / images[images > 0]).mean()
 
 

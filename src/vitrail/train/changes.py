@@ -5,7 +5,9 @@
 | nothing                                        | bit for bit the run that was never stopped                      |
 | a setting of `FREE`                            | it goes on; another number of epochs is told of                 |
 | another setting, `network`, `preprocess`, or `images` | refused, all in one error, unless `override` names it    |
-| the names or shapes of the weights             | refused: what was learnt does not fit                           |
+| names or shapes of weights, or which are frozen | refused: what was learnt, or its moments, do not fit           |
+| a setting of `SETTLED`                         | refused: it would do nothing                                    |
+| what is overridden, where no epoch is left     | refused: nothing would be trained under it                      |
 
 Where what is overridden decides which images make a batch or a step (`ANEW`), a place within an epoch means nothing any
 more: the epoch that was running begins anew, with the weights it has, so that some of its images are learnt from twice.
@@ -23,10 +25,11 @@ from typing import Any, NamedTuple
 
 from vitrail.data.imagesets import ImageSet
 from vitrail.data.loading import Drawing
-from vitrail.names import closest
+from vitrail.names import closest, require
 from vitrail.tasks.base import Task
 from vitrail.train.checkpoint import read
 from vitrail.train.config import TrainConfig
+from vitrail.train.optim import decayed
 from vitrail.train.resume import Loader
 
 LOG = logging.getLogger("vitrail")
@@ -36,6 +39,10 @@ FREE = frozenset({
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
 ANEW = frozenset({"images", "batch_size", "accumulate", "devices", "num_nodes", "seed", "debug"})
+SETTLED = frozenset({"val_fraction"})
+"""what had its say when the run began: the images that were held out stay so"""
+BESIDE = frozenset({"overridden", "trained"})
+"""what is remembered and is no setting"""
 NAMED = 3
 """weights that a message names"""
 
@@ -48,6 +55,10 @@ class Start(NamedTuple):
     """None begins a new run"""
     anew: bool = False
     """whether the epoch that was running begins anew"""
+    changed: bool = False
+    """whether something is overridden from here on"""
+    done: int = 0
+    """epochs that lie behind"""
 
 
 class Change(NamedTuple):
@@ -62,16 +73,18 @@ class Change(NamedTuple):
 
 
 def told(config: TrainConfig, task: Task, loader: Loader) -> dict[str, Any]:
-    """What a checkpoint remembers of a run: its settings, network, preprocessing and training images.
+    """What a checkpoint remembers of a run: its settings, network, preprocessing, training images and trained weights.
 
     Of an image set, their number and a sha256 of ids and labels in order, not of pixels; of another loader, the number
-    of its batches. `overridden` is what was changed in the course of the run.
+    of its batches. `overridden` is what was changed in the course of the run; `trained` are the weights that are not
+    frozen, as the optimiser has them.
     """
     card = task.backbone.card()
     preprocess = {name: value for name, value in asdict(card.preprocess).items() if name != "known"}
     network = {"family": card.family, **card.config}
     return {
         **asdict(config), "network": network, "preprocess": preprocess, "images": _images(loader), "overridden": [],
+        "trained": decayed(task),
     }  # fmt: skip
 
 
@@ -80,7 +93,7 @@ def _images(loader: Loader) -> dict[str, Any]:
     images = dataset.images if isinstance(dataset, Drawing) else dataset
     if not isinstance(images, ImageSet):
         return {"batches": len(loader)}
-    digest = hashlib.sha256("\n".join(images.ids).encode())
+    digest = hashlib.sha256("\n".join(images.ids).encode(errors="surrogateescape"))  # names of files are any bytes
     digest.update(images.labels.numpy().tobytes())
     return {"count": len(images), "sha256": digest.hexdigest()[:16]}
 
@@ -89,29 +102,39 @@ def go_on(checkpoint: Path, now: dict[str, Any], task: Task, override: Collectio
     """How the run of this checkpoint is gone on with; the logger `vitrail` is told of what changes.
 
     Raises `ValueError` for a checkpoint that is no run's, for a name in `override` that nothing has, and, in one
-    message, for everything that differs and neither is free nor overridden.
+    message, for everything that differs and neither is free nor overridden; then for fewer epochs than are done.
     """
     names = [name.replace("-", "_") for name in override]
-    _check_names(names, set(now) - FREE - {"overridden"})
+    _check_names(names, set(now) - FREE - BESIDE - SETTLED)
     state = read(checkpoint)
-    before, epoch = state["told"], len(state["history"]["rows"]) + 1
+    before, done = state["told"], len(state["history"]["rows"])
     fixed = [change for change in changes(before, now) if change.name not in FREE]
-    _refuse(fixed, list(_unfit(state["state_dict"], task)), names)
+    _refuse(fixed, list(_stuck(state, fixed, task)), names)
+    require(now["epochs"] >= done, "epochs", f"be at least {done}, which are done", now["epochs"])
     _tell_of_epochs(before["epochs"], now["epochs"])
     anew = any(change.name in ANEW for change in fixed)
     lines = [f"{change.what} {change.was} -> {change.found}" for change in fixed]
     if lines:
         how = ", which begins anew" if anew else ""
-        LOG.warning("--override changes this run from epoch %d on%s: %s", epoch, how, "; ".join(lines))
-    past = [*before.get("overridden", ()), *(f"overridden from epoch {epoch} on: {line}" for line in lines)]
-    return Start({**now, "overridden": past}, checkpoint, anew)
+        LOG.warning("--override changes this run from epoch %d on%s: %s", done + 1, how, "; ".join(lines))
+    past = [*before["overridden"], *(f"overridden from epoch {done + 1} on: {line}" for line in lines)]
+    return Start({**now, "overridden": past}, checkpoint, anew, bool(lines), done)
+
+
+def refuse_idle(start: Start, epochs: int) -> None:
+    """Raises `ValueError` where something was overridden and no epoch came after it: nothing was trained so."""
+    if start.changed and epochs == start.done:
+        raise ValueError(
+            f"--override changes epochs that are still to come; this run has none left after its {epochs}: give more "
+            "--epochs, or, where --patience or --max-minutes ended it, more of that"
+        )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     """What differs between two of `told`, in the order of the first."""
     for name, was in before.items():
         found = now.get(name, was)
-        if name == "overridden" or was == found:
+        if name in BESIDE or was == found:
             continue
         if not isinstance(was, dict):
             yield Change(name, f"--{name.replace('_', '-')}", was, found)
@@ -119,6 +142,23 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chang
         for part in was | found:
             if was.get(part) != found.get(part):
                 yield Change(name, f"{name}.{part}", was.get(part), found.get(part))
+
+
+def _stuck(state: Mapping[str, Any], fixed: list[Change], task: Task) -> Iterator[str]:
+    """What nothing can override, in words."""
+    never = "which nothing can override"
+    if unfit := list(_unfit(state["state_dict"], task)):
+        yield f"weights do not fit, {never}: {_few(unfit)}"
+    elif refrozen := list(_refrozen(state["told"]["trained"], decayed(task))):
+        yield f"other weights are trained, {never}: {_few(refrozen)}"
+    for change in fixed:
+        if change.name in SETTLED:
+            yield f"{change.what} had its say when the run began, {never}"
+
+
+def _few(lines: list[str]) -> str:
+    more = len(lines) - NAMED
+    return ", ".join(lines[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _unfit(state: Mapping[str, Any], task: Task) -> Iterator[str]:
@@ -130,6 +170,14 @@ def _unfit(state: Mapping[str, Any], task: Task) -> Iterator[str]:
             yield f"{name} was {was.get(name, 'not there')}, got {found.get(name, 'none')}"
 
 
+def _refrozen(was: Mapping[str, bool], found: Mapping[str, bool]) -> Iterator[str]:
+    """The weights that the optimiser had in another group than it has now, or that only one of the two has."""
+    kinds = {None: "frozen", True: "trained with weight decay", False: "trained without weight decay"}
+    for name in {**was, **found}:
+        if was.get(name) != found.get(name):
+            yield f"{name} was {kinds[was.get(name)]}, got {kinds[found.get(name)]}"
+
+
 def _check_names(override: list[str], known: set[str]) -> None:
     for name in override:
         if name not in known:
@@ -138,16 +186,14 @@ def _check_names(override: list[str], known: set[str]) -> None:
             raise ValueError(f"--override names what a resumed run may not change otherwise; got {name!r}: {mend}")
 
 
-def _refuse(fixed: list[Change], unfit: list[str], override: list[str]) -> None:
-    """Raises `ValueError` with all that differs, unless every change is overridden and the weights fit."""
+def _refuse(fixed: list[Change], stuck: list[str], override: list[str]) -> None:
+    """Raises `ValueError` with all that differs, unless every change is overridden and nothing is `stuck`."""
     needed = list(dict.fromkeys(change.name for change in fixed))
-    if not unfit and set(needed) <= set(override):
+    if not stuck and set(needed) <= set(override):
         return
-    said = [f"{change.what} was {change.was}, got {change.found}" for change in fixed]
-    more = f" and {len(unfit) - NAMED} more" if len(unfit) > NAMED else ""
-    said += [f"weights do not fit, which nothing can override: {', '.join(unfit[:NAMED])}{more}"] if unfit else []
+    said = [*(f"{change.what} was {change.was}, got {change.found}" for change in fixed), *stuck]
     words = " ".join(needed)
-    mend = "" if unfit else f"; or go on all the same with --override {words} (in Python, override={tuple(needed)})"
+    mend = "" if stuck else f"; or go on all the same with --override {words} (in Python, override={tuple(needed)})"
     raise ValueError(
         f"a resumed run must be told what it was told before; {'; '.join(said)}: take the old values, or a new --out"
         + mend

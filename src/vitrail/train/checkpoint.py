@@ -14,6 +14,7 @@ import pickle
 import shutil
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ UNREADABLE = (
     OSError, ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
 )  # fmt: skip
 """what Python and torch raise for archives that are damaged"""
-KEPT = {"state_dict", "history", "told"}
-"""what a checkpoint of a run holds beside Lightning's own"""
+KEPT = {
+    "state_dict": (), "told": ("trained",), "history": ("rows", "totals", "weight", "images", "seconds", "skipped"),
+}  # fmt: skip
+"""what a checkpoint of a run holds beside Lightning's own, and what some of it holds"""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -53,9 +56,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _of_a_run(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    if missing := sorted(KEPT - set(checkpoint)):
+    missing = [name for name in KEPT if name not in checkpoint]
+    inner = ((name, part) for name, parts in KEPT.items() for part in parts if name in checkpoint)
+    missing += [f"{name}.{part}" for name, part in inner if part not in checkpoint[name]]
+    if missing:
         raise ValueError(
-            f"a run is gone on with from a checkpoint that it wrote itself; {path} lacks {', '.join(missing)}: "
+            f"a run is gone on with from a checkpoint that it wrote itself; {path} lacks {', '.join(sorted(missing))}: "
             "take the run's own last.ckpt, or start a new run"
         )
     return checkpoint
@@ -64,11 +70,13 @@ def _of_a_run(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
 class Checkpoints(Callback):
     """Keeps the state after the last epoch, after the best, and after every `every`-th, in `folder`.
 
-    A folder of None keeps nothing.
+    A folder of None keeps nothing. The first process calls `written` whenever `last.ckpt` is there.
     """
 
-    def __init__(self, record: HistoryLog, folder: Path | None, every: int = 0) -> None:
-        self.record, self.folder, self.every = record, folder, every
+    def __init__(
+        self, record: HistoryLog, folder: Path | None, every: int = 0, written: Callable[[], None] | None = None
+    ) -> None:
+        self.record, self.folder, self.every, self.written = record, folder, every, written
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = len(self.record.history)
@@ -92,6 +100,8 @@ class Checkpoints(Callback):
         for path in rest if trainer.is_global_zero else ():
             with first.open("rb") as source, whole_file(path) as copy:
                 shutil.copyfileobj(source, copy)
+        if self.written and trainer.is_global_zero:
+            self.written()
 
 
 def _keep_previous(folder: Path) -> None:

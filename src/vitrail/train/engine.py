@@ -29,7 +29,7 @@ from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
 from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, handlers_kept
-from vitrail.train.changes import Start, go_on, told
+from vitrail.train.changes import Start, go_on, refuse_idle, told
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
@@ -77,6 +77,11 @@ class Job(NamedTuple):
     start: Start
     notes: Mapping[str, Any]
 
+    def write_config(self) -> None:
+        """config.yaml, with a comment for each setting that was overridden in the course of the run."""
+        if self.folder:
+            self.config.to_yaml(self.folder / "config.yaml", header="\n".join(self.start.told["overridden"]))
+
 
 def fit(
     task: Task,
@@ -102,8 +107,9 @@ def fit(
 
     Raises `ValueError` for a device that is not here, an empty loader, several processes without a sampler that gives
     each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
-    none of a run's, a run that was told something else, or a folder in which another process trains; `OSError` where
-    a checkpoint cannot be written; `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
+    none of a run's, a run that was told something else, an `override` after which no epoch comes, or a folder in which
+    another process trains; `OSError` where a checkpoint cannot be written; `NonFiniteLoss` when training diverges;
+    `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
     refuse_start(folder, resume, override)
@@ -128,7 +134,9 @@ def _fit(job: Job) -> History:
     meter = LossMeter(1 if job.device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
     record = HistoryLog(meter, guard, task.monitor, folder)
     ema = WeightEma(task, config.ema) if config.ema else None
-    stop = StopOnSignal(Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every))
+    written = job.write_config if job.start.checkpoint else None  # a run that ends before is as it was
+    kept = Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every, written)
+    stop = StopOnSignal(kept)
     trainer = _trainer(config, job.device, _callbacks(config, record, ema, stop, folder), folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, job.train_loader)
@@ -138,6 +146,7 @@ def _fit(job: Job) -> History:
             stop.heed(trainer)
         except StopRequested:
             raise Interrupted(_farewell(folder, record, config.epochs), stop.signal or 0) from None
+    refuse_idle(job.start, len(record.history))
     if folder:
         _take_best(task, folder / "checkpoints")
         if trainer.is_global_zero:
@@ -157,11 +166,11 @@ class TaskModule(LightningModule):
     def __init__(self, job: Job, record: HistoryLog) -> None:
         super().__init__()
         self.task, self.config, self.augment, self.record = job.task, job.config, job.augment, record
-        self.start = job.start
+        self.job = job
 
     def on_fit_start(self) -> None:
-        if self.record.out and self.trainer.is_global_zero:
-            self.config.to_yaml(self.record.out / "config.yaml", header="\n".join(self.start.told["overridden"]))
+        if self.trainer.is_global_zero and not self.job.start.checkpoint:
+            self.job.write_config()
         self.metrics = self.task.metrics()
         _train(self.task)
 
@@ -223,16 +232,8 @@ class TaskModule(LightningModule):
         return warmup_cosine(step, config.epochs * steps, warmup, config.lr, config.min_lr)
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = make_optimizer(
-            self.task, self.config, fused=self.config.precision != "fp16"
-        )  # whose scaler must come first
-        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
-        return optimizer
-
-    def on_train_start(self) -> None:
-        groups = self.trainer.optimizers[0].param_groups
-        for group, decay in zip(groups, self.decays, strict=True):  # a checkpoint brings the one of its time
-            group["weight_decay"] = decay
+        fused = self.config.precision != "fp16"  # whose scaler must come first
+        return make_optimizer(self.task, self.config, fused=fused)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         step = self.step(batch_idx)
@@ -263,10 +264,10 @@ class TaskModule(LightningModule):
         self.record.figures = {f"val_{name}": score for name, score in scores.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["told"] = self.start.told
+        checkpoint["told"] = self.job.start.told
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.start.anew:
+        if self.job.start.anew:
             begin_epoch_anew(checkpoint)
 
 

@@ -76,7 +76,7 @@ class FiniteGuard:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         bad = ~norm.isfinite()
         self._unread.append((bad, place))
-        if norm.device.type != "cpu" and optimizer.defaults.get("fused"):
+        if norm.device.type != "cpu" and all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad.item():
             self.flush(f" of {self._last_bad_gradient()}")

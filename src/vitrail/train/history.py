@@ -91,7 +91,8 @@ class LossMeter:
 class HistoryLog(Callback):
     """One row of figures per epoch, kept in `history`, in checkpoints and in `history.csv`.
 
-    `monitor` is a figure's name and `max` or `min`. A figure that is NaN never counts as the best.
+    `monitor` is a figure's name and `max` or `min`. A figure that is NaN never counts as the best; the loss of an epoch
+    that learnt from no label is NaN.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class HistoryLog(Callback):
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{f"train_{name}": total / (weight or 1) for name, total in totals.items()},
+            **{f"train_{name}": total / weight if weight else math.nan for name, total in totals.items()},
             **({"skipped_steps": self.guard.skipped} if self.guard.allowed else {}),
             **self.figures,
             "seconds": round(seconds, 3),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -61,11 +61,29 @@ class OptimConfig:
 
 
 def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Optimizer:
-    """AdamW over all trainable parameters of the task: one group with weight decay and one without.
+    """AdamW over all trainable parameters of the task: one group with weight decay and one without (`decayed`).
 
-    Decay leaves alone every parameter of fewer than two dimensions and those named by `task.no_weight_decay()`.
     `fused` runs the update as one kernel where the device has it. A group may hold `lr_scale`, a factor of the
-    schedule's learning rate. Raises `ValueError` if nothing can be trained, or if an exempt name is no parameter's.
+    schedule's learning rate. A checkpoint that is loaded brings moments and learning rates; everything else of a group
+    stays as it was made. Raises `ValueError` as `decayed` does.
+    """
+    parameters = dict(task.named_parameters())
+    decays = decayed(task)
+    groups = [
+        {"params": [parameters[name] for name, on in decays.items() if on is wanted], "weight_decay": decay}
+        for wanted, decay in ((True, config.weight_decay), (False, 0.0))
+    ]
+    fusible = fused and _all_fusible(parameters[name] for name in decays)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr, fused=fusible)
+    optimizer.register_load_state_dict_pre_hook(_with_own_options)
+    return optimizer
+
+
+def decayed(task: Task) -> dict[str, bool]:
+    """The names of all trainable parameters of the task, and which of them weight decay acts on.
+
+    It leaves alone every parameter of fewer than two dimensions and those named by `task.no_weight_decay()`.
+    Raises `ValueError` if nothing can be trained, or if an exempt name is no parameter's.
     """
     trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     if not trainable:
@@ -76,10 +94,16 @@ def make_optimizer(task: Task, config: OptimConfig, *, fused: bool = True) -> Op
             f"no_weight_decay must name parameters of the task; got {', '.join(sorted(strange)[:3])}: something wraps "
             "the backbone and renames them; wrap its blocks instead"
         )
-    plain = [p for name, p in trainable if p.ndim < 2 or name in exempt]
-    decayed = [p for name, p in trainable if p.ndim >= 2 and name not in exempt]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused and _all_fusible(decayed + plain))
+    return {name: p.ndim >= 2 and name not in exempt for name, p in trainable}
+
+
+def _with_own_options(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state whose groups step as the optimiser's own do: with its decay, and with the kernel of its precision.
+
+    Before it is loaded, since torch then puts the count of steps where that kernel wants it.
+    """
+    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**own, "params": was["params"], "lr": was["lr"]} for own, was in pairs]}
 
 
 def _all_fusible(parameters: Iterable[nn.Parameter]) -> bool:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from vitrail.data.imagesets import ImageSet
 from vitrail.data.loading import OrderedBatches
 from vitrail.layers.linear import plain_linear
 from vitrail.train.config import TrainConfig
@@ -103,6 +104,13 @@ def refuse_unshared(loader: Loader, config: TrainConfig) -> None:
             f"process its own images; got {_described(loader)}: use vitrail.data.loading.make_loader, or a DataLoader "
             "with sampler=torch.utils.data.DistributedSampler(…)"
         )
+
+
+def refuse_uneven(held_out: Iterable[ImageSet], config: TrainConfig) -> None:
+    """Raises `ValueError` before training for what would end an evaluation after it: see `OrderedBatches`."""
+    world = config.devices * config.num_nodes
+    for images in held_out:
+        len(OrderedBatches(len(images), config.batch_size, shuffle=False, rank=0, world=world))
 
 
 def _described(loader: Loader) -> str:
