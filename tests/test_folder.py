@@ -249,25 +249,6 @@ def test_cut_weights_are_found_with_and_without_a_manifest(model: Path):
             read_weights(model)
 
 
-@pytest.mark.fault(7)
-@pytest.mark.skipif(os.name != "posix", reason="measured by `resource`")
-@pytest.mark.parametrize("manifest", [True, False])
-@pytest.mark.parametrize("stated", [10**15, 10**8, 2**64 - 1])
-def test_a_monstrous_header_is_refused_at_once(model: Path, manifest: bool, stated: int):
-    from resource import RUSAGE_SELF, getrusage  # not on every system
-
-    (model / "model.safetensors").write_bytes(stated.to_bytes(8, "little") + b"{}")
-    (model / "manifest.json").write_text(folder._manifest(model))
-    if not manifest:
-        (model / "manifest.json").unlink()
-    before, start = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(FolderError, match="not a readable safetensors"):
-        read_weights(model)
-    assert time.perf_counter() - start < 1
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert (getrusage(RUSAGE_SELF).ru_maxrss - before) * unit < 50e6
-
-
 @pytest.mark.fault(6)
 def test_without_a_manifest_integrity_is_unchecked_and_it_says_so(model: Path, caplog: pytest.LogCaptureFixture):
     (model / "manifest.json").unlink()
@@ -364,7 +345,7 @@ def test_a_linked_folder_is_replaced_where_it_stands(tmp_path: Path, model: Path
 @pytest.mark.skipif(os.name != "posix", reason="measured by `resource` in a forked process")
 @pytest.mark.parametrize("manifest", [True, False])
 @pytest.mark.parametrize("stated", [10**15, 10**8, 2**64 - 1])
-def test_a_monstrous_header_costs_nothing(model: Path, manifest: bool, stated: int):
+def test_a_monstrous_header_is_refused_at_once(model: Path, manifest: bool, stated: int):
     """In a process of its own: the peak of this one may be far above what it holds now, and hide any cost."""
     import multiprocessing
     from resource import RUSAGE_SELF, getrusage  # not on every system
