@@ -31,6 +31,7 @@ docs: .venv/.dev  ## run every block of README.md and docs/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
 
 bench: .venv/.bench  ## speed beside timm, torchvision, transformers and vit-pytorch, as tables
+	$(BIN)/python benchmarks/ceiling.py
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/recording.py
