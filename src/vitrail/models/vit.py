@@ -261,9 +261,9 @@ class VisionTransformer(Backbone):
         """
         c = self.config
         dropping = self.training and (c.proj_drop_rate or c.attn_drop_rate)
-        last = next(reversed(self.blocks), None) if type(self) is VisionTransformer else None
+        last = self.blocks[-1] if type(self) is VisionTransformer and len(self.blocks) else self
         known = type(last) is Block and type(last.attn) is Attention
-        if c.global_pool != "token" or dropping or not known or is_hooked(*self.blocks[-1:], self.norm):
+        if c.global_pool != "token" or dropping or not known or is_hooked(last, self.norm):
             return self.forward_features(images, mask)
         tokens = self._through(self.embed(images, mask), rows=1)[0]
         return tokens._replace(x=self.norm(tokens.x))
