@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from vitrail.layers.embed import PatchEmbed, resize_positions, sincos_2d
 from vitrail.layers.tokens import keep_tokens, mean_tokens
-from vitrail.models.backbone import spelled
+from vitrail.models.config import spelled
 from vitrail.models.registry import list_models, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
 from vitrail.records import Explanation, Preprocess

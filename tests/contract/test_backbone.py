@@ -6,7 +6,7 @@ A family's own test file holds only its mathematics; whatever any model must do 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -22,6 +22,8 @@ from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model
 
 PUBLISHED = {"vit": "vit_tiny_patch16_224", "resnet": "resnet18_32"}
+ATTENTIONS: dict[str, Callable[[Any], int]] = {"vit": lambda c: c.depth}
+"""how often a forward of a family's config attends"""
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
 ISOTROPIC = [name for name, family in FAMILIES.items() if callable(getattr(family.model, "encode", None))]
 DEBUG = {name: next(iter(family.variants)) for name, family in FAMILIES.items()}
@@ -77,6 +79,7 @@ def images(model: Backbone, batch: int = 2, factor: float = 1.0) -> Tensor:
 
 
 def test_every_family_has_a_debug_row_first_and_a_published_row() -> None:
+    assert ATTENTIONS.keys() == set(ATTENDING)
     for name, row in DEBUG.items():
         assert row.endswith("_debug")
         assert sum(p.numel() for p in build_model(row).parameters()) < 200_000
@@ -244,6 +247,19 @@ def test_layer_groups_hold_every_parameter_once_and_no_decay_names_are_real(mode
     assert model.no_weight_decay() <= set(names)
 
 
+def test_weights_of_pixels_and_tables_of_positions_are_named(model: Backbone) -> None:
+    """Every weight whose shape other channels change is a weight of pixels; every table has its rows."""
+    with torch.device("meta"):
+        other = build_from_config(model.family, {**model.card().config, "in_chans": 5})
+    state = model.state_dict()
+    changed = [name for name, value in other.state_dict().items() if value.shape != state[name].shape]
+    assert sorted(model.pixel_weights()) == sorted(changed)
+    for name, table in model.position_tables().items():
+        h, w = table.grid
+        rows = (2 * h - 1) * (2 * w - 1) if table.relative else table.prefix + h * w
+        assert state[name].shape[0 if table.relative else 1] == rows
+
+
 @torch.no_grad()
 def test_eager_and_fused_attention_agree(model: Backbone) -> None:
     """The same function in float64; in fp32 as far from it, which for a published row of 12 layers is under 1e-6."""
@@ -310,12 +326,14 @@ def test_attention_of_every_block_is_recorded(attending: Backbone, factor: float
     with record_attention() as record:
         seen = attending(x)
     assert torch.equal(seen, attending(x))
-    assert len(record.maps) == len(attending.feature_info)
-    for attention, features in zip(record.maps, attending.features(x).maps, strict=True):
+    assert len(record.maps) == ATTENTIONS[attending.family](attending.config)
+    grids = {tuple(found.shape[-2:]) for found in attending.features(x).maps}
+    for attention in record.maps:
         assert torch.allclose(attention.weights.sum(-1), torch.ones(()), atol=1e-5)
-        assert attention.layout is not None and attention.layout.readout is not None
+        layout = attention.layout
+        assert layout is not None and layout.readout is not None and layout.grid in grids
         heat = attention_map(attention)
-        assert heat.shape == (2, *features.shape[-2:])
+        assert heat.shape == (2, *(layout.key_grid or layout.grid))
         assert heat.min() >= 0 and (heat.sum((1, 2)) <= 1 + 1e-5).all()
 
 

@@ -17,7 +17,7 @@ from vitrail.models.cnn import ResNet, ResNetConfig
         (dict(depths=(2, 0)), r"depths must name 1 to 8 stages of at least one block each; got \(2, 0\)"),
         (dict(depths=(1,) * 9), "depths must name 1 to 8 stages"),
         (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
-        (dict(drop_rate=1.0), r"drop_rate lie in \[0, 1\)"),
+        (dict(drop_rate=1.0), r"drop_rate must lie in \[0, 1\)"),
         (dict(stem="smal"), "did you mean small"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitrail.models.backbone import spelled
+from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, list_models, resolve_name
 from vitrail.models.vit import VARIANTS, VisionTransformer, ViTConfig
 from vitrail.names import AMBIGUOUS, MODEL_SPELLINGS

@@ -75,6 +75,11 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of each of `depth` blocks: linear from 0 to `last` (Huang et al. 2016, section 3)."""
+    return [last * i / max(1, depth - 1) for i in range(depth)]
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch (Touvron et al. 2021, CaiT, eq. 4)."""
 

@@ -13,25 +13,21 @@ Legend: `B` batch, `C` channels or width, `H`, `W` pixels, `h`, `w` token grid, 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from functools import wraps
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitrail import folder
+from vitrail.layers.embed import Size, pair
 from vitrail.layers.tokens import keep_tokens
-from vitrail.names import KERNELS, MODEL_SPELLINGS, POOLINGS, normalise_kwargs
 from vitrail.records import ModelCard, Preprocess
-
-T = TypeVar("T")
 
 
 class Features(NamedTuple):
@@ -94,6 +90,17 @@ class FeatureInfo(NamedTuple):
     """the submodule whose output it is"""
     reduction_w: float | None = None
     """pixels from one column to the next, where that is another number"""
+
+
+class PositionTable(NamedTuple):
+    """What a learned table of positions belongs to."""
+
+    grid: tuple[int, int]
+    """h, w of the cells it has a row for; of a relative table, of the window whose offsets it has a row for"""
+    prefix: int = 0
+    """rows before those of the grid"""
+    relative: bool = False
+    """(2h - 1)(2w - 1) rows of offsets in a window, one column a head, in place of (1, prefix + h·w, C)"""
 
 
 class Backbone(nn.Module, ABC):
@@ -175,6 +182,14 @@ class Backbone(nn.Module, ABC):
     def init_weights(self) -> None:
         """Fills every parameter and every derived buffer, so that meta -> `to_empty` -> `init_weights` is sound."""
 
+    def position_tables(self) -> dict[str, PositionTable]:
+        """Learned tables that belong to a grid or window, by their names: for weights of another size."""
+        return {}
+
+    @abstractmethod
+    def pixel_weights(self) -> list[str]:
+        """Names of the weights that take pixels, for images of other channels: (C, C_in, p, q), or (C, C_in·p·q)."""
+
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, beside all biases and norms, that weight decay must leave alone."""
@@ -248,6 +263,16 @@ class Backbone(nn.Module, ABC):
         return {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
 
 
+def usual_preprocess(img_size: Size, in_chans: int) -> Preprocess:
+    """ImageNet's mean and deviation for three channels, which most published weights want; a half for others."""
+    half = (0.5,) * in_chans
+    return (
+        Preprocess(img_size=pair(img_size))
+        if in_chans == 3
+        else Preprocess(img_size=pair(img_size), mean=half, std=half)
+    )
+
+
 @contextmanager
 def drawn_once(model: Backbone) -> Iterator[None]:
     """Layers made within get their memory and first weights at its end, by `init_weights`, where the default device is.
@@ -260,79 +285,3 @@ def drawn_once(model: Backbone) -> Iterator[None]:
     if device.type != "meta":
         model.to_empty(device=device)
     model.init_weights()
-
-
-def choose(kind: type[T], config: T | None, given: Mapping[str, Any]) -> T:
-    """A constructor's config: the one given, or one made of the fields given. Raises `TypeError` for both."""
-    if config is not None and given:
-        raise TypeError(f"give a {kind.__name__} or its fields, not both; got also {', '.join(given)}")
-    return kind(**given) if config is None else config
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def family_config(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass that also takes other libraries' spellings of its fields (`vitrail.names`)."""
-    made = dataclass(frozen=True, kw_only=True)(cls)
-    plain_init = made.__init__
-
-    @wraps(plain_init)
-    def init(self: T, **given: Any) -> None:
-        values = spelled(cls, given)
-        _check_kinds(made, values)
-        plain_init(self, **values)
-
-    made.__init__ = init  # type: ignore[method-assign, assignment]
-    return made
-
-
-def _check_kinds(config: type, values: Mapping[str, Any]) -> None:
-    """Raises `TypeError` where a number or a switch is something else; words and sizes are for the config itself."""
-    hints = get_type_hints(config)
-    for name, value in values.items():
-        kinds = set(get_args(hints[name]) or (hints[name],))
-        if kinds <= {int, float, bool, type(None)}:
-            whole = type(value) is int or (float in kinds and type(value) is float and math.isfinite(value))
-            if not (type(value) in kinds - {float} or (whole and kinds & {int, float})):
-                wanted = " or ".join(sorted("None" if kind is type(None) else kind.__name__ for kind in kinds))
-                raise TypeError(f"{name} must be {wanted}; got {value!r}")
-
-
-def spelled(config: type, given: Mapping[str, Any], base: Any = None) -> dict[str, Any]:
-    """`given` in the field names of a family's config. Raises `TypeError` for a name it cannot place.
-
-    What is not given stands in `base`, a config, or in the defaults: a hidden width becomes a ratio by them.
-    """
-    values = {f.name: getattr(base, f.name, f.default) for f in fields(config)}
-    ours = normalise_kwargs(_derived(given, values), values, MODEL_SPELLINGS, config.__name__)
-    if "global_pool" in ours:
-        ours["global_pool"] = POOLINGS.get(ours["global_pool"], ours["global_pool"])
-    return ours
-
-
-def _derived(given: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`given` with words that are another field's value in other units: hidden widths and kernel switches."""
-    given = dict(given)
-    kernel = _only(given, "flash_attention", "attn_implementation", "attn")
-    if kernel == "flash_attention":
-        given["attn"] = "fused" if given.pop(kernel) else "eager"
-    elif kernel == "attn_implementation":
-        given["attn"] = KERNELS.get(said := given.pop(kernel), said)
-    hidden = _only(given, "mlp_dim", "intermediate_size", "mlp_ratio")
-    if hidden not in (None, "mlp_ratio"):
-        widths = [value for word, value in given.items() if MODEL_SPELLINGS.get(word, word) == "embed_dim"]
-        given["mlp_ratio"] = _ratio(given.pop(hidden), max(1, (widths or [values["embed_dim"]])[0]))
-    return given
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """hidden / width, a rounding step more where int(width * ratio) would otherwise lose one."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _only(given: Mapping[str, Any], *words: str) -> str | None:
-    """Which of these words for the last of them is given. Raises `TypeError` for two."""
-    found = [word for word in words if word in given]
-    if len(found) > 1:
-        raise TypeError(f"one spelling of {words[-1]} is enough; got both {found[0]} and {found[1]}: drop one")
-    return found[0] if found else None

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.embed import Size, pair
 from vitrail.layers.tokens import mean_tokens
-from vitrail.models.backbone import Backbone, FeatureInfo, Features, choose, drawn_once, family_config
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, drawn_once, usual_preprocess
+from vitrail.models.config import check_least, check_rates, choose, family_config
 from vitrail.names import check_choice
-from vitrail.records import Preprocess
 
 
 @family_config
@@ -50,13 +50,8 @@ class ResNetConfig:
         check_choice("stem", self.stem, ("imagenet", "small"))
         if not 1 <= len(self.depths) <= 8 or not all(type(n) is int and n >= 1 for n in self.depths):
             raise ValueError(f"depths must name 1 to 8 stages of at least one block each; got {self.depths}")
-        for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if min(pair(self.img_size)) < 1 or not 0 <= self.drop_rate < 1:
-            raise ValueError(
-                f"img_size must be at least 1 and drop_rate lie in [0, 1); got {self.img_size} and {self.drop_rate}"
-            )
+        check_least(self, {"img_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 1})
+        check_rates(self)
 
 
 VARIANTS: dict[str, ResNetConfig] = {
@@ -83,7 +78,7 @@ class ResNet(Backbone):
     def __init__(self, config: ResNetConfig | None = None, **fields: Any) -> None:
         super().__init__()
         self.config = c = choose(ResNetConfig, config, fields)
-        self.preprocess = Preprocess(img_size=pair(c.img_size)) if c.in_chans == 3 else _grey(c)
+        self.preprocess = usual_preprocess(c.img_size, c.in_chans)
         kernel, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
         with drawn_once(self):
             self.conv1 = nn.Conv2d(c.in_chans, c.embed_dim, kernel, stride, kernel // 2, bias=False)
@@ -160,6 +155,9 @@ class ResNet(Backbone):
             elif isinstance(module, nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
 
+    def pixel_weights(self) -> list[str]:
+        return ["conv1.weight"]
+
     def no_weight_decay(self) -> set[str]:
         return set()
 
@@ -183,7 +181,3 @@ def _stage(inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
         change = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
     rest = [BasicBlock(width, width) for _ in range(depth - 1)]
     return nn.Sequential(BasicBlock(inputs, width, stride, change), *rest)
-
-
-def _grey(c: ResNetConfig) -> Preprocess:
-    return Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)

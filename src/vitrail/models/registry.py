@@ -13,7 +13,8 @@ import torch
 
 from vitrail.layers.embed import pair
 from vitrail.models import cnn, vit
-from vitrail.models.backbone import Backbone, spelled
+from vitrail.models.backbone import Backbone
+from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
 
 
@@ -23,6 +24,8 @@ class Family(NamedTuple):
     model: type[Backbone]
     config: type
     variants: Mapping[str, Any]
+    aliases: Mapping[str, str] = {}
+    """other people's name -> row"""
 
 
 FAMILIES: dict[str, Family] = {
@@ -72,9 +75,10 @@ def resolve_name(name: str, img_size: int = 224) -> str:
 
     A full name is itself. A short name takes the row whose native size is nearest by ratio, the first of equals.
     """
+    name = next((f.aliases[name] for f in FAMILIES.values() if name in f.aliases), name)
     if name in ROWS:
         return name
-    short = {row: re.sub(r"(_patch\d+)?_\d+$", "", row) for row in ROWS}
+    short = {row: re.sub(r"(_patch\d+)?(_window\d+)?_\d+$", "", row) for row in ROWS}
     rows = [row for row in ROWS if short[row] == name]
     if not rows:
         raise ValueError(
@@ -84,7 +88,7 @@ def resolve_name(name: str, img_size: int = 224) -> str:
 
 
 def _native_size(row: str) -> int:
-    return int(row.rpartition("_")[2])
+    return min(pair(FAMILIES[ROWS[row]].variants[row].img_size))
 
 
 class ModelRow(NamedTuple):

@@ -16,7 +16,6 @@ Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `P` prefix tokens (class, r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,17 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import Attention, Kernel, Layout
-from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, LayerScale, is_hooked, run_block
+from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, drop_path_rates, is_hooked, run_block
 from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_positions, sincos_2d
+from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
-from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, choose, drawn_once, family_config
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once
+from vitrail.models.config import check_least, check_rates, choose, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
 
 PAIRS = ("img_size", "patch_size")
 LEAST = {**dict.fromkeys((*PAIRS, "embed_dim", "depth", "num_heads", "in_chans"), 1), "num_classes": 0, "reg_tokens": 0}
-RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @family_config
@@ -97,12 +97,8 @@ class ViTConfig:
         tables = {"embed": tuple(PROJECTIONS), "norm": tuple(NORMS), "act": tuple(ACTIVATIONS)}
         for name, allowed in (words | tables).items():
             check_choice(name, getattr(self, name), allowed)
-        for name, least in LEAST.items():
-            if min(getattr(self, name) if name in PAIRS else (getattr(self, name),)) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in RATES:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        check_least(self, LEAST)
+        check_rates(self)
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
         if self.global_pool == "token" and not self.class_token:
@@ -167,8 +163,7 @@ class VisionTransformer(Backbone):
             self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
             self._make_positions()
             self.pos_drop = nn.Dropout(c.pos_drop_rate)
-            rates = torch.linspace(0, c.drop_path_rate, c.depth, device="cpu").tolist()
-            self.blocks = nn.ModuleList(_block(c, rate) for rate in rates)
+            self.blocks = nn.ModuleList(_block(c, rate) for rate in drop_path_rates(c.drop_path_rate, c.depth))
             self._make_head()
         self.grad_checkpointing = False
         rows, columns = pair(c.patch_size)
@@ -315,7 +310,7 @@ class VisionTransformer(Backbone):
         like = self.patch_embed.proj.weight
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
         self.head = Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_leaf(self.head)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -332,17 +327,13 @@ class VisionTransformer(Backbone):
         | norms, LayerScale, biases | 1 and 0, `init_values`, 0              |                            |
         """
         for module in self.modules():
-            _init_linear(module)
-            if isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.init_values)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+            init_leaf(module)
         projection = self.patch_embed.proj
-        _trunc_normal(projection.weight, projection.weight[0].numel() ** -0.5)
+        trunc_normal(projection.weight, projection.weight[0].numel() ** -0.5)
         if projection.bias is not None:
             nn.init.zeros_(projection.bias)
         if self.attn_pool is not None:
-            _trunc_normal(self.attn_pool.latent, self.num_features**-0.5)
+            trunc_normal(self.attn_pool.latent, self.num_features**-0.5)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
@@ -352,11 +343,20 @@ class VisionTransformer(Backbone):
         if self.pos_embed is None:
             return
         if self.config.pos_embed == "learn":
-            _trunc_normal(self.pos_embed, 0.02)
+            trunc_normal(self.pos_embed, 0.02)
         else:
             waves = sincos_2d(self.patch_embed.grid_size, self.num_features)
             prefix = self.pos_embed.shape[1] - waves.shape[1]
             self.pos_embed.copy_(nn.functional.pad(waves, (0, 0, prefix, 0)))
+
+    def position_tables(self) -> dict[str, PositionTable]:
+        if self.config.pos_embed != "learn":
+            return {}
+        prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
+        return {"pos_embed": PositionTable(self.patch_embed.grid_size, prefix)}
+
+    def pixel_weights(self) -> list[str]:
+        return ["patch_embed.proj.weight"]
 
     def no_weight_decay(self) -> set[str]:
         names = ("pos_embed", "cls_token", "reg_token", "attn_pool.latent")
@@ -382,17 +382,3 @@ def _block(c: ViTConfig, drop_path: float) -> Block:
         init_values=c.init_values, proj_drop=c.proj_drop_rate, attn_drop=c.attn_drop_rate, drop_path=drop_path,
         norm=c.norm, norm_eps=c.norm_eps, act=c.act, attn=c.attn,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _trunc_normal(weight: Tensor, std: float) -> None:
-    """A normal cut off at two of its deviations, and as much wider that `std` is left, as in JAX; drawn in one pass."""
-    edge = math.erf(math.sqrt(2)) * (1 - 1e-6)  # or rounding would pass the cut
-    weight.uniform_(-edge, edge).erfinv_().mul_(math.sqrt(2) * std / 0.87962566)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        _trunc_normal(module.weight, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vitrail.folder import FolderError, find_folder, read_card, read_weights
 from vitrail.layers.embed import PatchEmbed, pair, resize_positions
-from vitrail.models.backbone import Backbone, spelled
+from vitrail.models.backbone import Backbone
+from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, resolve_name
 from vitrail.names import nearest, shortened, unpacked
 from vitrail.records import ModelCard
