@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from vitrail.data.loading import OrderedBatches, draw_seed
 from vitrail.names import require
@@ -349,6 +350,9 @@ def _open_folder(folder: Path, loader: Loader) -> None:
 def _run(trainer: Trainer, job: Job, record: HistoryLog) -> None:
     val = EpochLoader(job.val_loader, trainer) if job.val_loader is not None else None
     train, checkpoint = EpochLoader(job.train_loader, trainer), job.start.checkpoint
+    # By it PyTorch hears of a worker that died. It is set once in a process, with the first workers; were those the
+    # run's, Lightning would take it away with its own handlers, and later loaders would wait out their timeout.
+    _set_SIGCHLD_handler()
     trainer.fit(TaskModule(job, record), train, val, ckpt_path=checkpoint, weights_only=True)
 
 
