@@ -29,6 +29,15 @@ def test_an_error_leaves_the_old_file_alone(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_of_the_system_names_the_file_that_was_to_be_written(tmp_path: Path):
+    folder = tmp_path / "report.html"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_whole(folder, "page")
+    assert (error.value.filename, error.value.filename2) == (str(folder), None)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="where folders can be opened")
 def test_content_reaches_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """First the bytes, then the rename, then the folder, which is what knows of the rename."""

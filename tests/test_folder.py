@@ -205,6 +205,11 @@ def test_a_missing_folder_names_the_nearest(tmp_path: Path, monkeypatch: pytest.
         find_folder("cifra")
 
 
+def test_a_name_that_is_like_no_other_is_offered_none(model: Path):
+    with pytest.raises(FolderError, match="zebra does not exist: none of the models beside it has a name like that$"):
+        find_folder(model.parent / "zebra")
+
+
 def test_leftovers_of_a_killed_write_are_nobodys_nearest(model: Path):
     model.rename(model.parent / ".demo.12345678.new")
     with pytest.raises(FolderError, match="no model stands beside it"):

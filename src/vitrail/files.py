@@ -15,8 +15,8 @@ from uuid import uuid4
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to be written beside `path`, synced and renamed at the end: a reader sees the old file or the new one.
 
-    So does one after a power cut. After an error nothing is left behind and `path` is as it was. Missing folders are
-    made.
+    So does one after a power cut. After an error nothing is left behind and `path` is as it was; one of the system's
+    names `path`. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,10 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         flush(beside)
         beside.replace(path)
         flush(path.parent)  # the new name
+    except OSError as error:
+        if str(error.filename) == str(beside):  # a name that nobody gave
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

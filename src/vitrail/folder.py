@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitrail.files import flush
-from vitrail.names import is_printable, nearest, shortened
+from vitrail.names import closest, is_printable, shortened
 from vitrail.records import ModelCard
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
@@ -194,7 +194,7 @@ def _sha256(path: Path) -> str:
 def find_folder(path: str | Path) -> Path:
     """The model folder that `path` means: itself, or the `model/` of a run folder.
 
-    Raises `FolderError` that names what was looked for and the nearest sibling that would do.
+    Raises `FolderError` that names what was looked for and the sibling that would do, if one has a name like it.
     """
     path = Path(path)
     for place in (path, path / "model"):
@@ -204,8 +204,9 @@ def find_folder(path: str | Path) -> Path:
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
     state = "is a file" if path.is_file() else f"lacks {' and '.join(missing)}" if path.exists() else "does not exist"
     siblings = [s.name for s in path.absolute().parent.glob("[!.]*") if _is_model(s) or _is_model(s / "model")]
-    close = nearest(path.name, siblings, 1)
-    mend = f"the nearest beside it is {path.parent / close[0]}" if close else "no model stands beside it"
+    close = closest(path.name, siblings)
+    none = "none of the models beside it has a name like that" if siblings else "no model stands beside it"
+    mend = f"the nearest beside it is {path.parent / close}" if close else none
     raise FolderError(f"a model folder holds {CONFIG} and {WEIGHTS}, in itself or in model/; {path} {state}: {mend}")
 
 
