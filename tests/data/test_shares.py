@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def images(bad: list[int]) -> TensorSet:
 
 def judged(rank: int, bad: list[int], folder: Path) -> None:
     """What one of two processes finds of its half of the images, or its error, in a file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     task = Classify(build_model("vit_debug", num_classes=2, depth=1))
     found: Any
@@ -38,15 +38,10 @@ def judged(rank: int, bad: list[int], folder: Path) -> None:
 @pytest.mark.fault(18, 19)
 @pytest.mark.forks
 @pytest.mark.parametrize(("bad", "read"), [([0, 2], 2), ([0, 1, 2, 3], 0)])
-def test_two_processes_have_figures_while_one_of_them_can_read_an_image(bad: list[int], read: int, tmp_path: Path):
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=judged, args=(rank, bad, tmp_path)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in both] == [0, 0]
+def test_two_processes_have_figures_while_one_of_them_can_read_an_image(
+    bad: list[int], read: int, in_two_processes: Callable[[Callable[[int], None]], None], tmp_path: Path
+):
+    in_two_processes(lambda rank: judged(rank, bad, tmp_path))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     if read:
         assert one.sum() == read and torch.equal(one, other)
