@@ -7,7 +7,6 @@ costs next to nothing. The rooms (`vitrail.layers`, `vitrail.models`, `vitrail.t
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; a test holds it equal to the table below
@@ -52,6 +51,8 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # which takes longer than all else here
+
         return version("vitrail")
     if name not in _HOMES:
         raise AttributeError(f"vitrail has {', '.join(__all__)}; got {name!r}")

@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import tomllib
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,6 +24,7 @@ from vitrail.cli import COMMANDS, main
 from vitrail.train.config import TrainConfig
 
 Said = Callable[..., tuple[str, str]]
+ROOT = Path(__file__).parents[2]
 
 
 def test_models_with_their_parameters(said: Said):
@@ -135,6 +138,27 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(COMMANDS, "models", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         main(["models"])
+
+
+INTERRUPTED_WHILE = """
+import builtins, os, signal, sys
+load = builtins.__import__
+def interrupted(name, *rest):
+    if name == "torch":
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *rest)
+builtins.__import__ = interrupted
+WAY_IN
+sys.exit(way_in())
+"""
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_one_line():
+    way_in = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["vitrail"]
+    module, _, name = way_in.partition(":")
+    code = INTERRUPTED_WHILE.replace("WAY_IN", f"from {module} import {name} as way_in")
+    done = subprocess.run([sys.executable, "-c", code, "models"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped before anything was done\n")
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, said: Said):
