@@ -199,22 +199,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except OSError as error:
         place = f"{error.filename} cannot be read or written" if error.filename else "a file"
-        _say(f"error: {place}: {error.strerror or error}: name another, or mend what is said")
-        return 2
+        return _mistake(error, f"{place}: {error.strerror or error}: name another, or mend what is said")
     except ValueError as error:
-        _say(f"error: {error}")
-        return 2
+        return _mistake(error, str(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
-        _say(f"error: there is too little memory: a smaller --batch-size, --img-size or model needs less ({error})")
-        return 2
+        mend = "a smaller --batch-size, --img-size or model needs less"
+        return _mistake(error, f"there is too little memory: {mend} ({error})")
     except KeyboardInterrupt as stop:
         return _stopped(stop)
 
 
+def _mistake(error: Exception, said: str) -> int:
+    """Says what is wrong, and what was noted on the way, such as what is done already; returns the exit code."""
+    _say("; ".join([f"error: {said}", *_noted(error)]))
+    return 2
+
+
+def _noted(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
+
+
 def _stopped(stop: KeyboardInterrupt) -> int:
     """The exit code of an interruption. That of a training run says how to go on."""
+    for note in _noted(stop):
+        _tell(note)
     if not stop.args:
         return 130
     from vitrail.train.engine import Interrupted  # loaded already, since it says something
@@ -273,14 +283,28 @@ def _place(out: str) -> Path:
 
 
 def _expand(paths: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the image files in them, in the order of their names."""
+    """Files as they are, folders as the image files in them, in the order of their names; not those further down."""
     found = []
     for path in map(existing, map(Path, paths)):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(filter(_is_named_as_image, path.iterdir())) if path.is_dir() else [path]
+        deeper = _deeper(path) if path.is_dir() else ""
         if not inside:
-            raise ValueError(f"{path}: the folder holds no image file ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{path}: the folder holds no image file ({', '.join(sorted(SUFFIXES))}){deeper}")
+        if deeper:
+            _say(f"{path}: the folder's own images are taken{deeper}")
         found += inside
     return found
+
+
+def _is_named_as_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _deeper(folder: Path) -> str:
+    """That images in sub-folders are left alone, and how to have them; empty where there are none."""
+    below = sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))
+    places = [image.parent for part in below if (image := next(filter(_is_named_as_image, part.rglob("*")), None))]
+    return f"; sub-folders are not searched: name those that hold images, such as {places[0]}" if places else ""
 
 
 def _found(paths: Sequence[str]) -> tuple[list[Path], list[str]]:

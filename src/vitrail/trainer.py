@@ -26,7 +26,7 @@ from vitrail.data.datasets import DataConfig, DataError, describe, load_splits, 
 from vitrail.data.imagesets import ImageSet, Splits, read_record
 from vitrail.data.loading import check_workers, make_loader
 from vitrail.data.transforms import Transform, eval_transform, train_transform
-from vitrail.data.watch import WatchedLoader
+from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone
@@ -100,16 +100,16 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     record = splits.record() | {"preprocess": asdict(model.preprocess)}
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
-    with _counted(BadImages(out, resume=resume), train, val, test) as bad:
+    with counted_in(BadImages(out, resume=resume), train, val, test) as bad:
         history = fit(
             task, train, val, config, augment=augment, out=out, resume=resume, override=override,
             notes={"drawn": splits.digests()},
         )  # fmt: skip
-        if resume:  # only now: a resume that was refused changes nothing
-            write_whole(out / "splits.json", json.dumps(record, indent=1))
-        best = Classify(load_model(out).to(pick_device(config.device)))
-        report_run(out, best, test, history, _facts(config, splits), bad)
-    bad.say()
+        with _kept(out):
+            if resume:  # only now: a resume that was refused changes nothing
+                write_whole(out / "splits.json", json.dumps(record, indent=1))
+            best = Classify(load_model(out).to(pick_device(config.device)))
+            report_run(out, best, test, history, _facts(config, splits), bad)
     return history
 
 
@@ -205,16 +205,13 @@ def _loader(images: ImageSet, config: DataConfig, transform: Transform, *, train
 
 
 @contextmanager
-def _counted(bad: BadImages, *loaders: Loader | None) -> Iterator[BadImages]:
-    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read."""
-    own = {loader: loader.bad for loader in loaders if isinstance(loader, WatchedLoader)}
-    for loader in own:
-        loader.bad = bad
+def _kept(out: Path) -> Iterator[None]:
+    """For what follows training: an error, or an interruption, then says as a note where the model is."""
     try:
-        yield bad
-    finally:
-        for loader, its in own.items():
-            loader.bad = its
+        yield
+    except BaseException as error:
+        error.add_note(f"training is done, and its model is saved in {out / 'model'}; only what comes after it failed")
+        raise
 
 
 class Measured(dict[str, Tensor]):
@@ -260,7 +257,7 @@ def evaluate_model(
             "take data with the model's classes"
         )
     loaders = [eval_loader(images, model, config) for images in splits.part(split)]
-    with _counted(BadImages(), *loaders) as bad:
+    with counted_in(BadImages(), *loaders) as bad:
         return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split, len(bad))
 
 
@@ -358,16 +355,16 @@ class ViTTrainer:
         refuse_start(out, resume=False)
         with claimed(out):  # before the record of another run is removed
             refuse_start(out, resume=False)
-            with _counted(BadImages(out), train_loader, val_loader, test_loader) as bad:
+            with counted_in(BadImages(out), train_loader, val_loader, test_loader) as bad:
                 history = fit(task, train_loader, val_loader, config, augment=self._prepare, out=out)
                 if out and not self.model.preprocess.known:
                     LOG.warning(SILENT)
                 held_out = val_loader if test_loader is None else test_loader
                 if out and held_out is not None:
                     facts = self._facts(given, "val" if test_loader is None else "test")
-                    report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
+                    with _kept(out):
+                        report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
                     task.cpu()
-        bad.say()
         return history
 
     def _facts(self, given: Mapping[str, Any], split: Literal["val", "test"]) -> RunFacts:

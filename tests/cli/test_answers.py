@@ -128,6 +128,21 @@ def test_unreadable_images_are_named_and_the_others_answered(
     assert err.splitlines() == [*lines[:2], told]
 
 
+def test_of_a_folder_that_has_more_below_its_own_images_are_answered_and_it_says_so(
+    run: Path, photos: Path, tmp_path: Path, said: Said
+):
+    for place in (tmp_path, tmp_path / "2024" / "may", tmp_path / ".thumbnails"):
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "dark" / "0.png", place)
+    (tmp_path / "notes").mkdir()
+    out, err = said("predict", tmp_path, "--model", run)
+    assert out.startswith(f"{tmp_path / '0.png'}  dark ")
+    below = f"sub-folders are not searched: name those that hold images, such as {tmp_path / '2024' / 'may'}"
+    assert (len(out.splitlines()), err) == (1, f"{tmp_path}: the folder's own images are taken; {below}\n")
+    shutil.rmtree(tmp_path / "2024")
+    assert said("predict", tmp_path, "--model", run) == (out, "")
+
+
 @pytest.mark.fault(18, 19)
 def test_a_path_that_names_nothing_is_told_and_the_others_answered(run: Path, photos: Path, said: Said):
     good, gone = [photos / "dark/0.png", photos / "dark/1.png"], photos / "dark/O.png"

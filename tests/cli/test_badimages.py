@@ -130,6 +130,7 @@ def test_a_part_that_cannot_be_read_at_all_takes_no_figures_from_the_others(
     assert (figures["images"], figures["bad_images"]) == (12, 12)
     _, err = said(*words, "val", code=2)
     assert "error: figures need an image that can be read and has a label; got none" in err
+    assert "12 images could not be read at least once, and took no part then\n" in err
 
 
 @pytest.mark.fault(18, 19)
@@ -143,3 +144,54 @@ def test_a_rehearsal_that_validates_on_nothing_ends_too(photos: Path, tiny: list
     words = ["train", *tiny, "--data", f"folder:{data}", "--out", tmp_path / "run", "--in-memory", "no", "--debug"]
     _, err = said(*words, "--batch-size", "1", "--on-bad-image", "skip", code=2)
     assert "error: figures need an image that can be read and has a label; got none" in err
+
+
+@pytest.fixture
+def parts(photos: Path, tmp_path: Path) -> Path:
+    """The pictures of `photos` three times: to train, to validate, to test."""
+    for part in ("train", "val", "test"):
+        shutil.copytree(photos, tmp_path / "parts" / part)
+    return tmp_path / "parts"
+
+
+@pytest.mark.fault(18, 19)
+def test_what_was_met_before_the_image_that_ends_a_run_is_counted(
+    parts: Path, tiny: list[str], tmp_path: Path, said: Said
+):
+    for path in parts.glob("train/*/*.png"):
+        path.write_bytes(b"")
+    words = ["train", *tiny, "--data", f"folder:{parts}", "--out", tmp_path / "run", "--in-memory", "no"]
+    *others, error = said(*words, "--on-bad-image", "skip", code=2)[1].splitlines()
+    met = len([line for line in others if line.startswith("left out: ")])
+    names = f"{tmp_path / 'run' / 'bad_images.csv'} names them"
+    assert f"{met} images could not be read at least once, and took no part then: {names}" in others
+    assert error.startswith("error: --on-bad-image skip met ")
+
+
+@pytest.mark.fault(18, 19)
+@pytest.mark.parametrize(("how", "message"), [
+    ("skip", "error: figures need an image that can be read and has a label; got none"),
+    ("raise", "error: {parts}/test/bright/0.png: not a readable image"),
+])  # fmt: skip
+def test_where_no_image_to_test_with_can_be_read_the_error_says_where_the_model_is(
+    how: str, message: str, parts: Path, tiny: list[str], tmp_path: Path, said: Said
+):
+    for path in parts.glob("test/*/*.png"):
+        path.write_bytes(b"")
+    out = tmp_path / "run"
+    words = ["train", *tiny, "--data", f"folder:{parts}", "--out", out, "--in-memory", "no", "--on-bad-image", how]
+    error = said(*words, code=2)[1].splitlines()[-1]
+    assert error.startswith(message.format(parts=parts))
+    saved = f"; training is done, and its model is saved in {out / 'model'}; only what comes after it failed"
+    assert error.endswith(saved)
+    said("predict", parts / "val" / "dark", "--model", out)
+
+
+def test_a_report_that_cannot_be_written_is_named_and_so_is_the_model(
+    photos: Path, tiny: list[str], tmp_path: Path, said: Said
+):
+    out = tmp_path / "run"
+    (out / "report.html").mkdir(parents=True)
+    error = said("train", *tiny, "--data", f"folder:{photos}", "--out", out, code=2)[1].splitlines()[-1]
+    assert error.startswith(f"error: {out / 'report.html'} cannot be read or written: ")
+    assert f"; training is done, and its model is saved in {out / 'model'}; " in error

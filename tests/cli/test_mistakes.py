@@ -51,6 +51,10 @@ Said = Callable[..., tuple[str, str]]
     ("train --mixup 1e-300", "--mixup must be 0 (off) or lie in [0.001, 1000]; got 1e-300"),
     ("predict", "vitrail predict needs images"),
     ("predict {photos}", "{photos}: the folder holds no image file (.bmp, "),
+    ("predict {photos}", "sub-folders are not searched: name those that hold images, such as {photos}/bright\n"),
+    ("explain {photos}/..", "sub-folders are not searched: name those that hold images, such as {photos}/../"),
+    ("predict {run}/checkpoints", "{run}/checkpoints: the folder holds no image file (.bmp, .gif, .jpeg, .jpg, .png, "
+     ".tif, .tiff, .webp)\n"),
     ("predict {photos}/dark/O.png --model {run}", "there is no {photos}/dark/O.png; the nearest is {photos}/dark/"),
     ("predict {photos}/dark --model {run}s", "{run}s does not exist: the nearest beside it is {run}"),
     ("predict {photos}/dark --model vit_debug", "vit_debug is an architecture without weights"),

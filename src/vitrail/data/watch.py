@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +129,20 @@ class WatchedLoader(DataLoader[Batch]):
             worker.kill()
             worker.join()
         self._iterator = None
+
+
+@contextmanager
+def counted_in(bad: BadImages, *loaders: Iterable[Any] | None) -> Iterator[BadImages]:
+    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read; at the end, an error's too, it says it."""
+    own = {loader: loader.bad for loader in loaders if isinstance(loader, WatchedLoader)}
+    for loader in own:
+        loader.bad = bad
+    try:
+        yield bad
+    finally:
+        for loader, its in own.items():
+            loader.bad = its
+        bad.say()
 
 
 def _is_gone(worker: Any) -> bool:
