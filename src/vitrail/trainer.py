@@ -47,7 +47,7 @@ LOG = logging.getLogger("vitrail")
 DEMO = files("vitrail") / "assets" / "demo.yaml"
 RUN = (
     "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html", "checkpoints", "model", "tensorboard",
-    "bad_images.csv",
+    "bad_images.csv", "images.jsonl",
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)} - {"seed"} | {

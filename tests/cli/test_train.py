@@ -24,7 +24,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_train_writes_a_run(run: Path):
     assert {part.name for part in run.iterdir()} == {
-        "config.yaml", "splits.json", "history.csv", "checkpoints", "model", "metrics.json", "report.html",
+        "config.yaml", "splits.json", "images.jsonl", "history.csv", "checkpoints", "model", "metrics.json",
+        "report.html",
     }  # fmt: skip
     assert len((run / "history.csv").read_text().splitlines()) == 3
 

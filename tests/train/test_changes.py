@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -161,15 +162,43 @@ def test_other_images_are_refused(train, images, stopped):
     labels = plain.labels.clone()
     labels[7] = (labels[7] + 1) % 3
     others = {
-        "labels": other(plain, labels=labels),
-        "names": other(plain, ids=["another", *plain.ids[1:]]),
-        "order": plain.subset(torch.tensor([3, 1, 2, 0, *range(4, 60)])),  # whose labels stay
-    }
-    for part in others.values():
-        with pytest.raises(ValueError, match=rf"{SAID}images.sha256 was \w{{16}}, got \w{{16}}: take"):
+        "1 labelled otherwise: 7": other(plain, labels=labels),
+        "1 new: another, 1 gone: 0": other(plain, ids=["another", *plain.ids[1:]]),
+        "the same names in another order: row 1 is 3": plain.subset(torch.tensor([3, 1, 2, 0, *range(4, 60)])),
+    }  # the order is of images whose labels stay
+    for which, part in others.items():
+        with pytest.raises(ValueError, match=rf"{SAID}images.sha256 was \w{{16}}, got \w{{16}} \({which}\): take"):
             train(out=stopped, resume=True, images=(part, images[1]))
-    with pytest.raises(ValueError, match=rf"{SAID}images.count was 60, got 59; images.sha256 was .*--override images "):
+    with pytest.raises(
+        ValueError, match=rf"{SAID}images.count was 60, got 59; images.sha256 was .* \(1 gone: 59\): take"
+    ):
         train(out=stopped, resume=True, images=(plain.subset(torch.arange(59)), images[1]))
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("harm", [
+    lambda text: "", lambda text: "[]", lambda text: text[:-4], lambda text: text.replace('256": "', '256": "of '),
+])  # fmt: skip
+def test_without_the_list_of_the_images_the_sum_says_what_it_is_of(harm, train, images, stopped):
+    listed = stopped / "images.jsonl"
+    listed.write_text(harm(listed.read_text()))
+    said = rf"\(a sum of ids and labels in order; {stopped} holds no images\.jsonl of those that were, to say which "
+    with pytest.raises(ValueError, match=said):
+        train(out=stopped, resume=True, images=(images[0].subset(torch.arange(59)), images[1]))
+
+
+@pytest.mark.fault(45)
+def test_the_list_of_the_images_follows_what_is_overridden(train, images, stopped):
+    fewer, before = (images[0].subset(torch.arange(50)), images[1]), (stopped / "images.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"\(10 gone, the first: 50\)"):
+        train(out=stopped, resume=True, images=fewer)
+    assert (stopped / "images.jsonl").read_text() == before
+    train(out=stopped, resume=True, images=fewer, override=["images"])
+    head, *lines = map(json.loads, (stopped / "images.jsonl").read_text().splitlines())
+    assert head == read(stopped / "checkpoints" / "last.ckpt")["told"]["images"]
+    assert [tuple(line) for line in lines] == list(zip(fewer[0].ids, fewer[0].labels.tolist(), strict=True))
+    with pytest.raises(ValueError, match=r"\(10 new, the first: 50\)"):
+        train(out=stopped, resume=True, epochs=4)
 
 
 @pytest.mark.fault(45)

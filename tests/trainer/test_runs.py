@@ -33,7 +33,7 @@ from vitrail.weights.load import load_model
 def test_a_run_folder_is_complete(run: Path, config: TrainConfig):
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert found == {
-        "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html",
+        "config.yaml", "splits.json", "images.jsonl", "history.csv", "metrics.json", "report.html",
         "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
         "checkpoints/best.ckpt", "checkpoints/epoch_001.ckpt", "checkpoints/epoch_002.ckpt",
         "model/model.safetensors", "model/config.json", "model/manifest.json",

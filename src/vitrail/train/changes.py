@@ -16,19 +16,17 @@ The learning rate follows the epochs, not the steps that were taken.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitrail.data.imagesets import ImageSet
-from vitrail.data.loading import Drawing
 from vitrail.names import closest, require
 from vitrail.tasks.base import Task
 from vitrail.train.checkpoint import read
 from vitrail.train.config import TrainConfig
+from vitrail.train.imagelist import difference, remembered
 from vitrail.train.optim import decayed
 from vitrail.train.resume import Loader
 
@@ -70,36 +68,31 @@ class Change(NamedTuple):
     """a flag, or a part of the network, the preprocessing or the images"""
     was: Any
     found: Any
+    which: str = ""
+    """in words, where the two values alone say little"""
 
 
 def told(config: TrainConfig, task: Task, loader: Loader) -> dict[str, Any]:
     """What a checkpoint remembers of a run: its settings, network, preprocessing, training images and trained weights.
 
-    Of an image set, their number and a sha256 of ids and labels in order, not of pixels; of another loader, the number
-    of its batches. `overridden` is what was changed in the course of the run; `trained` are the weights that are not
+    `overridden` is what was changed in the course of the run; `trained` are the weights that are not
     frozen, as the optimiser has them.
     """
     card = task.backbone.card()
     preprocess = {name: value for name, value in asdict(card.preprocess).items() if name != "known"}
     network = {"family": card.family, **card.config}
     return {
-        **asdict(config), "network": network, "preprocess": preprocess, "images": _images(loader), "overridden": [],
+        **asdict(config), "network": network, "preprocess": preprocess, "images": remembered(loader), "overridden": [],
         "trained": decayed(task),
     }  # fmt: skip
 
 
-def _images(loader: Loader) -> dict[str, Any]:
-    dataset = getattr(loader, "dataset", None)
-    images = dataset.images if isinstance(dataset, Drawing) else dataset
-    if not isinstance(images, ImageSet):
-        return {"batches": len(loader)}
-    digest = hashlib.sha256("\n".join(images.ids).encode(errors="surrogateescape"))  # names of files are any bytes
-    digest.update(images.labels.numpy().tobytes())
-    return {"count": len(images), "sha256": digest.hexdigest()[:16]}
-
-
-def go_on(checkpoint: Path, now: dict[str, Any], task: Task, override: Collection[str] = ()) -> Start:
+def go_on(
+    checkpoint: Path, now: dict[str, Any], task: Task, override: Collection[str] = (), loader: Loader | None = None
+) -> Start:
     """How the run of this checkpoint is gone on with; the logger `vitrail` is told of what changes.
+
+    `loader` gives the images to train on, so that it can be said which of them differ.
 
     Raises `ValueError` for a checkpoint that is no run's, for a name in `override` that nothing has, and, in one
     message, for everything that differs and neither is free nor overridden; then for fewer epochs than are done.
@@ -108,7 +101,7 @@ def go_on(checkpoint: Path, now: dict[str, Any], task: Task, override: Collectio
     _check_names(names, set(now) - FREE - BESIDE - SETTLED)
     state = read(checkpoint)
     before, done = state["told"], len(state["history"]["rows"])
-    fixed = [change for change in changes(before, now) if change.name not in FREE]
+    fixed = [_named(change, checkpoint, loader) for change in changes(before, now) if change.name not in FREE]
     _refuse(fixed, list(_stuck(state, fixed, task)), names)
     require(now["epochs"] >= done, "epochs", f"be at least {done}, which are done", now["epochs"])
     _tell_of_epochs(before["epochs"], now["epochs"])
@@ -142,6 +135,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chang
         for part in was | found:
             if was.get(part) != found.get(part):
                 yield Change(name, f"{name}.{part}", was.get(part), found.get(part))
+
+
+def _named(change: Change, checkpoint: Path, loader: Loader | None) -> Change:
+    """A sum that differs with the images that do, by the list in the run's folder."""
+    if loader is None or change.what != "images.sha256" or None in (change.was, change.found):
+        return change
+    return change._replace(which=f" ({difference(checkpoint.parents[1], change.was, loader)})")
 
 
 def _stuck(state: Mapping[str, Any], fixed: list[Change], task: Task) -> Iterator[str]:
@@ -191,7 +191,7 @@ def _refuse(fixed: list[Change], stuck: list[str], override: list[str]) -> None:
     needed = list(dict.fromkeys(change.name for change in fixed))
     if not stuck and set(needed) <= set(override):
         return
-    said = [*(f"{change.what} was {change.was}, got {change.found}" for change in fixed), *stuck]
+    said = [*(f"{change.what} was {change.was}, got {change.found}{change.which}" for change in fixed), *stuck]
     words = " ".join(needed)
     mend = "" if stuck else f"; or go on all the same with --override {words} (in Python, override={tuple(needed)})"
     raise ValueError(

@@ -37,6 +37,7 @@ from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
+from vitrail.train.imagelist import write_list
 from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
 from vitrail.train.progress import ProgressBar, quiet
 from vitrail.train.resume import (
@@ -79,8 +80,9 @@ class Job(NamedTuple):
     notes: Mapping[str, Any]
 
     def write_config(self) -> None:
-        """config.yaml, with a comment for each setting that was overridden in the course of the run."""
+        """config.yaml, with a comment for each setting that was overridden, and the list of the images to train on."""
         if self.folder:
+            write_list(self.folder, self.train_loader, self.start.told["images"])
             self.config.to_yaml(self.folder / "config.yaml", header="\n".join(self.start.told["overridden"]))
 
 
@@ -99,9 +101,9 @@ def fit(
     """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
 
     `augment(batch, number)` makes raw training images ready, on the device; None only normalises them. With `out`, that
-    folder gets config.yaml, history.csv, checkpoints/ and model/ with the best weights, and the task ends with those;
-    without, nothing is written and it ends with the last. Weights are the running average's where `config.ema` is on.
-    `notes` join recipe and figures in the model's card.
+    folder gets config.yaml, images.jsonl, history.csv, checkpoints/ and model/ with the best weights, and the task ends
+    with those; without, nothing is written and it ends with the last. Weights are the running average's where
+    `config.ema` is on. `notes` join recipe and figures in the model's card.
     A resumed run goes on where it stood: on the CPU, and on a GPU with `config.deterministic` as far as it has such
     kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`. What then differs from before, other than
     by name in `override`, is an error: see `train.changes`.
@@ -121,12 +123,10 @@ def fit(
         task.backbone.check_savable()  # before training, not after it
     with claimed(folder):
         refuse_start(folder, resume)  # nobody else writes there any more
-        start = _start(folder, resume, told(config, task, train_loader) if folder else {}, task, override)
+        now = told(config, task, train_loader) if folder else {}
+        resumed = newest_whole(folder / "checkpoints") if folder and resume else None
+        start = go_on(resumed, now, task, override, train_loader) if resumed else Start(now)
         return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
-
-
-def _start(folder: Path | None, resume: bool, now: dict[str, Any], task: Task, override: Collection[str]) -> Start:
-    return go_on(newest_whole(folder / "checkpoints"), now, task, override) if folder and resume else Start(now)
 
 
 def _fit(job: Job) -> History:
