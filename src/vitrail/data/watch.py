@@ -133,7 +133,7 @@ class WatchedLoader(DataLoader[Batch]):
 
 @contextmanager
 def counted_in(bad: BadImages, *loaders: Iterable[Any] | None) -> Iterator[BadImages]:
-    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read. It is told at the end, come what may."""
+    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read; told at the end, come what may."""
     own = {loader: loader.bad for loader in loaders if isinstance(loader, WatchedLoader)}
     for loader in own:
         loader.bad = bad
