@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_its_folder(train, make_task, tmp_path, monkeypa
         for name in ("last", "previous", "best", "epoch_002", "epoch_004", "epoch_006")
     }
     model = {f"runs/a/model/{name}" for name in ("model.safetensors", "config.json", "manifest.json")}
-    assert files == kept | model | {"runs/a/config.yaml", "runs/a/history.csv"}
+    assert files == kept | model | {f"runs/a/{name}" for name in ("config.yaml", "images.jsonl", "history.csv")}
     assert set(history.rows[0]) == FIGURES | {"seconds", "images_per_second"}
     assert history["val_accuracy"][-1] > 0.9
     assert history["lr"][-1] == pytest.approx(1e-6)
