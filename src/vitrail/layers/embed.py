@@ -134,3 +134,15 @@ def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int], pr
     image = pos[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, C, h, w)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
     return torch.cat([pos[:, :prefix], image.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)
+
+
+def resize_relative_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A bias ((2h - 1)(2w - 1), H) for every offset in a window `old`, at window `new`; the same returns `table` itself.
+
+    Bicubic (Liu et al. 2021, "Swin Transformer", section 4.1 and appendix; this filter is the authors').
+    """
+    if old == new:
+        return table
+    before, after = ((2 * h - 1, 2 * w - 1) for h, w in (old, new))
+    image = table.float().T.unflatten(1, before)[None]  # (1, H, 2h - 1, 2w - 1)
+    return F.interpolate(image, size=after, mode="bicubic")[0].flatten(1).T.to(table.dtype)

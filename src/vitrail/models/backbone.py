@@ -190,6 +190,13 @@ class Backbone(nn.Module, ABC):
     def pixel_weights(self) -> list[str]:
         """Names of the weights that take pixels, for images of other channels: (C, C_in, p, q), or (C, C_in·p·q)."""
 
+    def head_weights(self) -> set[str]:
+        """Names of the weights of every head: those whose shapes follow the number of classes."""
+        with torch.device("meta"):
+            other = type(self)(replace(self.config, num_classes=self.num_classes + 1)).state_dict()
+        own = self.state_dict()
+        return {name for name, value in other.items() if name not in own or own[name].shape != value.shape}
+
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, beside all biases and norms, that weight decay must leave alone."""

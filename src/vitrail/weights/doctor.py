@@ -1,0 +1,180 @@
+"""What a checkpoint is: whose names it has, which network it is for, and what stands between it and another one.
+
+vitrail inspect FILE                  layout, network, size, classes
+vitrail inspect FILE --model NAME     and what would be renamed, resized, missing or extra
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import FAMILIES, ROWS, build_model
+from vitrail.weights.fit import Report, first, fitted, misfits, shape_of
+from vitrail.weights.layouts import ours
+from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
+from vitrail.weights.sidecar import Sidecar, read_sidecar
+
+MOST_LINES = 20
+ALIKE = 0.5
+"""the share of a network's tensors that must be there for a row to be named as the nearest"""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Likeness(NamedTuple):
+    """How near a registry row is to somebody's tensors."""
+
+    row: str
+    share: float
+    """of all names on either side, those with equal shapes; heads, positions and channels aside"""
+    exact: bool
+    """positions too"""
+
+
+def likeness(tensors: Mapping[str, Tensor]) -> list[Likeness]:
+    """Rows of the registry by how near they are to tensors with our names, the nearest first."""
+    shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
+    widths = {shape[0] for shape in shapes.values() if len(shape) == 1}
+    found = []
+    for family in _families(shapes):
+        for row, config in FAMILIES[family].variants.items():
+            if max(_numbers(config.embed_dim)) in widths:
+                found.append(_like(row, shapes))
+    return sorted(found, key=lambda like: (-like.share, not like.exact))
+
+
+def likely_row(tensors: Mapping[str, Tensor]) -> str:
+    """The row that tensors with our names are for; empty where none fits but for heads, positions and channels."""
+    best = next(iter(likeness(tensors)), None)
+    return best.row if best is not None and best.share == 1 else ""
+
+
+def _like(row: str, shapes: Shapes) -> Likeness:
+    body, loose = _row_shapes(row)
+    own = {name: shape for name, shape in shapes.items() if name not in loose}
+    same = sum(own.get(name) == shape for name, shape in body.items())
+    exact = all(shapes.get(name) == shape for name, shape in loose.items() if shape and name in shapes)
+    return Likeness(row, same / max(1, len(own.keys() | body.keys())), exact)
+
+
+@cache
+def _row_shapes(row: str) -> tuple[Shapes, Shapes]:
+    """The shapes of a row's weights: those that every size of it shares, and those of heads, positions and pixels."""
+    with torch.device("meta"):
+        model = build_model(row)
+    free = {*model.head_weights(), *model.pixel_weights()}
+    loose: dict[str, tuple[int, ...]] = {}
+    body = {}
+    for name, value in model.state_dict().items():
+        if name in free or name in model.position_tables():
+            loose[name] = () if name in free else shape_of(value)
+        else:
+            body[name] = shape_of(value)
+    return body, loose
+
+
+def _families(shapes: Shapes) -> list[str]:
+    """Families whose debug row has names like these, blocks and stages not counted; the most alike first."""
+    names = {_plain(name) for name in shapes}
+    shares = {}
+    for family, kind in FAMILIES.items():
+        own = {_plain(name) for name in _row_shapes(next(iter(kind.variants)))[0]}
+        shares[family] = len(own & names) / len(own | names)
+    return [family for family, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= ALIKE]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _numbers(value: Any) -> list[int]:
+    return [n for part in value for n in _numbers(part)] if isinstance(value, tuple | list) else [value]
+
+
+# ---- what is told
+
+
+def inspect(path: str | Path, model: str | Backbone | None = None, part: str | None = None) -> list[str]:
+    """What a checkpoint is, and with `model` what would become of it there: at most `MOST_LINES` lines.
+
+    Raises `CheckpointError` where the file cannot be read.
+    """
+    checkpoint = read_checkpoint(path, part)
+    tensors, source = ours(checkpoint.tensors)
+    near = likeness(tensors)
+    told = [*_about_file(checkpoint), f"names: {source}'s", *_about_network(tensors, near), *_about_sidecar(checkpoint)]
+    if model is not None:
+        network = build_model(model) if isinstance(model, str) else model
+        told += _about_fit(network, checkpoint, tensors, near)
+    return told[:MOST_LINES]
+
+
+def _about_file(checkpoint: Checkpoint) -> list[str]:
+    tensors = checkpoint.tensors.values()
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    kinds = ", ".join(str(kind).removeprefix("torch.") for kind, _ in Counter(t.dtype for t in tensors).most_common(3))
+    told = [f"{checkpoint.path}: {checkpoint.kind}, {len(tensors)} tensors, {size / 1e6:,.1f} MB, {kinds}"]
+    told += [f"taken out of: {' > '.join(checkpoint.wrappers)}"] if checkpoint.wrappers else []
+    return told + ([f"beside the weights: {first(list(checkpoint.others), 6)}"] if checkpoint.others else [])
+
+
+def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[str]:
+    if not near or near[0].share < ALIKE:
+        return ["network: none that is known here"]
+    best = near[0]
+    if best.share < 1:
+        return [f"network: not one that is known here; the nearest is {best.row} ({best.share:.0%} of its tensors)"]
+    head = _head(best.row, tensors)
+    same = [like.row for like in near if like.share == 1]
+    others = f"; but for positions also {first(same[1:], 3)}" if len(same) > 1 else ""
+    return [f"network: {best.row}, a {ROWS[best.row]}{'' if best.exact else ' of another image size'}{others}", head]
+
+
+def _head(row: str, tensors: Mapping[str, Tensor]) -> str:
+    with torch.device("meta"):
+        heads = build_model(row).head_weights()
+    found = [tensors[name].shape[0] for name in heads if name in tensors]
+    return f"classes: {found[0]}" if found else "classes: no head"
+
+
+def _about_sidecar(checkpoint: Checkpoint) -> list[str]:
+    beside: Sidecar = read_sidecar(checkpoint.path)
+    told = [f"beside it: {beside.architecture}"] if beside.architecture else []
+    if beside.preprocess is not None:
+        p = beside.preprocess
+        told.append(
+            f"images: {p.img_size[0]} x {p.img_size[1]}, mean {_short(p.mean)}, std {_short(p.std)}, {p.interpolation}"
+        )
+    return told
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+
+
+def _about_fit(model: Backbone, checkpoint: Checkpoint, tensors: dict[str, Tensor], near: list[Likeness]) -> list[str]:
+    """Against one network: what fits, and what keeps the rest from it."""
+    report = Report(renamed=len(tensors.keys() - checkpoint.tensors.keys()))
+    name = model.variant or type(model).__name__
+    renamed = f"{report.renamed} renamed, " if report.renamed else ""
+    try:
+        made = fitted("", model, tensors, report)
+    except CheckpointError:
+        found = misfits(model.state_dict(), tensors)
+        told = [f"against {name}: does not fit; {renamed}{_equal(model, tensors)} tensors as they are"]
+        told += [f"{kind} ({len(names)}): {first(names, 4)}" for kind, names in found.items()]
+        return told + ([f"it fits {near[0].row}"] if near and near[0].share == 1 and near[0].row != name else [])
+    told = [f"against {name}: fits; {renamed}{len(report.resized)} resized, {len(made)} in all"]
+    return told + [f"resized: {line}" for line in report.resized[:6]]
+
+
+def _equal(model: Backbone, tensors: Mapping[str, Tensor]) -> int:
+    return sum(name in tensors and tensors[name].shape == like.shape for name, like in model.state_dict().items())

@@ -1,0 +1,242 @@
+"""Weights made to fit a network of another size: what is resized, what is left out, and a report of it.
+
+    positions        interpolated to the network's grid (Dosovitskiy et al. 2021, section 3.2)
+    bias tables      interpolated to the network's window (Liu et al. 2021, section 4.1)
+    patch kernels    resampled so that patches of a resized image give the same tokens (Beyer et al. 2023, FlexiViT)
+    pixel channels   kernels go to the bands of their names
+
+Whatever has its size already is the very tensor that was given. The network is changed by `put` alone, at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.layers.embed import resize_positions, resize_relative_bias
+from vitrail.models.backbone import Backbone, PositionTable
+from vitrail.names import check_choice
+from vitrail.weights.read import CheckpointError
+
+LOG = logging.getLogger("vitrail")
+RGB = ("red", "green", "blue")
+Rest = Literal["mean", "zero", "random"]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""types that weights may be stored in"""
+
+
+@dataclass
+class Report:
+    """What became of a checkpoint's tensors."""
+
+    taken: int = 0
+    """how many stand in the network"""
+    renamed: int = 0
+    """how many of them had another name"""
+    source: str = ""
+    """whose names they had"""
+    resized: list[str] = field(default_factory=list)
+    """a line each: name, old and new shape"""
+    left: list[str] = field(default_factory=list)
+    """what was left as it was, because it was asked for: the head"""
+    unused: list[str] = field(default_factory=list)
+    """what this package has no use for"""
+
+    def lines(self) -> list[str]:
+        """As they are told."""
+        names = f", {self.renamed} renamed from {self.source}'s" if self.renamed else ""
+        told = [f"{self.taken} tensors{names}", *(f"resized {line}" for line in self.resized)]
+        told += [f"fresh: {', '.join(self.left)}"] if self.left else []
+        return told + ([f"not used: {first(self.unused)}"] if self.unused else [])
+
+
+def fitted(
+    where: str,
+    model: Backbone,
+    tensors: Mapping[str, Tensor],
+    report: Report,
+    *,
+    new_head: bool = False,
+    tables: Mapping[str, PositionTable] | None = None,
+    bands: Sequence[str] | None = None,
+    rest: Rest = "mean",
+) -> dict[str, Tensor]:
+    """`tensors`, by our names, as `model` needs them: every weight of it, but for its heads' with `new_head`.
+
+    `tables` says what tables of positions were made for, where that is known; else for squares. Raises
+    `CheckpointError`, its message beginning with `where`, that names every tensor missing, extra, or of a shape or type
+    that cannot be made to fit; nothing is changed then.
+    """
+    wanted, made, heads = model.state_dict(), dict(tensors), model.head_weights()
+    if new_head or not model.num_classes:
+        report.left += [name for name in wanted if name in heads]
+        report.unused += [name for name in made if name in heads]
+        made = {name: value for name, value in made.items() if name not in heads}
+    for name, table in model.position_tables().items():
+        if name in made:
+            old = (tables or {}).get(name) or guessed_table(where, name, made[name], table)
+            made[name] = resized(made[name], old, table)
+    for name in model.pixel_weights():
+        if name in made:
+            made[name] = pixels(where, name, made[name], wanted[name], bands, rest)
+    body = {name: value for name, value in wanted.items() if name not in report.left}
+    check_fit(where, body, made, heads)
+    report.taken = len(made)
+    report.resized += [
+        f"{name} {shape_of(tensors[name])} -> {shape_of(value)}"
+        for name, value in made.items()
+        if value is not tensors[name]
+    ]
+    return made
+
+
+def tell(where: str, report: Report) -> None:
+    """Tells the logger `vitrail` what became of somebody's tensors, if anything did."""
+    if len(lines := report.lines()) > 1 or report.renamed:
+        LOG.info("%s: %s", where, "; ".join(lines))
+
+
+def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Writes weights that are known to fit into a network's own memory, in its types."""
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in weights.items():
+            state[name].copy_(value)
+
+
+def check_fit(
+    where: str, wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], heads: Collection[str] = ()
+) -> None:
+    """Every name on both sides, every shape equal, every float a float. Raises `CheckpointError`."""
+    faults = misfits(wanted, weights)
+    if not faults:
+        return
+    found = "; ".join(f"{kind}: {first(names)}" for kind, names in faults.items())
+    only_head = all(name.split()[0] in heads for names in faults.values() for name in names)
+    mend = ": new_head=True leaves the network its own head" if only_head else ""
+    raise CheckpointError(f"{where}: weights must fit the network exactly; {found}{mend}")
+
+
+def misfits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps weights from fitting, by kind; empty where nothing does."""
+    shared = [name for name in wanted if name in weights]
+    faults = {
+        "missing": [name for name in wanted if name not in weights],
+        "extra": [name for name in weights if name not in wanted],
+        "wrong shape": [
+            f"{name} {shape_of(weights[name])} for {shape_of(wanted[name])}"
+            for name in shared
+            if weights[name].shape != wanted[name].shape
+        ],
+        "wrong type": [
+            f"{name} {weights[name].dtype}"
+            for name in shared
+            if wanted[name].is_floating_point() and weights[name].dtype not in FLOATS
+        ],
+    }
+    return {kind: names for kind, names in faults.items() if names}
+
+
+def first(names: Sequence[str], most: int = 10) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+# ---- positions
+
+
+def guessed_table(where: str, name: str, table: Tensor, like: PositionTable) -> PositionTable:
+    """What a table of positions was made for, if its grid was square. Raises `CheckpointError` where it was not."""
+    if like.relative:
+        side = (math.isqrt(table.shape[0]) + 1) // 2
+        rows, expected = table.shape[0], (2 * side - 1) ** 2
+    else:
+        side = math.isqrt(max(0, table.shape[1] - like.prefix)) if table.ndim == 3 else 0
+        rows, expected = table.shape[1] if table.ndim == 3 else 0, like.prefix + side * side
+    same = rows == _rows(like)
+    if not same and (rows != expected or side < 1):
+        raise CheckpointError(
+            f"{where}: {name} {shape_of(table)} must have {like.prefix} rows and a square grid's to be resized"
+        )
+    return like if same else like._replace(grid=(side, side))
+
+
+def _rows(table: PositionTable) -> int:
+    h, w = table.grid
+    return (2 * h - 1) * (2 * w - 1) if table.relative else table.prefix + h * w
+
+
+def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
+    """A table at another grid or window; the very same where that is the same."""
+    if old.grid == new.grid:
+        return table
+    if not new.relative:
+        return resize_positions(table, old.grid, new.grid, new.prefix)
+    return resize_relative_bias(table, old.grid, new.grid)
+
+
+# ---- pixels
+
+
+def pixels(where: str, name: str, weight: Tensor, like: Tensor, bands: Sequence[str] | None, rest: Rest) -> Tensor:
+    """A kernel (C, C_in, p, q) for other channels and another patch size; the very same where both are the same."""
+    if weight.ndim == 2 or like.ndim == 2:
+        return weight
+    if weight.shape[-2:] != like.shape[-2:] and weight.shape[0] == like.shape[0]:
+        weight = resize_patches(weight, (like.shape[-2], like.shape[-1]))
+    if bands is not None:
+        return for_bands(where, weight, like.shape[1], bands, rest)
+    if like.shape[1] == 1 and weight.shape[1] == 3:  # grey is red, green and blue alike
+        return weight.sum(1, keepdim=True)
+    if like.shape[1] != weight.shape[1]:
+        raise CheckpointError(
+            f"{where}: {name} is for {weight.shape[1]} channels and the network takes {like.shape[1]}: say which they "
+            "are, bands=('red', 'green', 'blue', ...), or build it with in_chans as the weights have it"
+        )
+    return weight
+
+
+def for_bands(where: str, weight: Tensor, channels: int, bands: Sequence[str], rest: Rest) -> Tensor:
+    """RGB kernels (C, 3, p, q) at the bands named red, green and blue; the rest by `REST` -> (C, bands, p, q)."""
+    check_choice("rest", rest, REST)
+    names = [band.strip().lower() for band in bands]
+    if len(names) != channels or len(set(names)) != len(names):
+        raise CheckpointError(f"{where}: bands must name each of the {channels} channels once; got {', '.join(bands)}")
+    if weight.shape[1] != 3:
+        raise CheckpointError(f"{where}: bands are for weights of red, green and blue; got {weight.shape[1]} channels")
+    made = [weight[:, RGB.index(band)] if band in RGB else REST[rest](weight) for band in names]
+    stacked = torch.stack(made, 1)
+    return weight if torch.equal(stacked, weight) else stacked
+
+
+REST: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda weight: weight.mean(1),
+    "zero": lambda weight: torch.zeros_like(weight[:, 0]),
+    "random": lambda weight: torch.randn_like(weight[:, 0]) * weight.std(),
+}
+"""kernels (C, 3, p, q) -> the kernel (C, p, q) of a band that they know nothing of"""
+
+
+def resize_patches(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Kernels (C, C_in, p, q) for patches of another size, such that w'(resized patch) is nearest to w(patch).
+
+    With B the matrix that resizes a patch, w' = pinv(Bᵀ) w (Beyer et al. 2023, "FlexiViT", section 3.4).
+    """
+    old = (weight.shape[-2], weight.shape[-1])
+    eye = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
+    matrix = F.interpolate(eye, size=size, mode="bicubic", antialias=True, align_corners=False).flatten(
+        1
+    )  # Bᵀ (p·q, P·Q)
+    flat = weight.double().flatten(2) @ torch.linalg.pinv(matrix).T  # (C, C_in, P·Q)
+    return flat.unflatten(2, size).to(weight.dtype)

@@ -1,0 +1,147 @@
+"""How one library's names of weights become another's: a table, read in both directions.
+
+    Row("vit.encoder.layer.{i}.attention.attention.query.{w}", "blocks.{i}.attn.qkv.{w}", part=(0, 3))
+
+`{i}`, `{j}` stand for whole numbers, `{i*2+1}` for twice that and one more, `{w}` for the rest of a name. A `part`
+(k, n) is the k-th of n equal pieces of our tensor, along its first dimension. `form` names how numbers are laid out
+otherwise, where they are (`FORMS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HOLE = re.compile(r"\{(\w)(?:\*(\d+))?(?:([+-]\d+))?\}")
+REST = "w"
+
+
+def _conv(x: Tensor) -> Tensor:
+    return x.permute(3, 2, 0, 1)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "same": lambda x: x,
+    "matrix": lambda x: x.transpose(0, 1),  # (in, out) -> (out, in)
+    "heads in": lambda x: x.flatten(1).transpose(0, 1),  # (C, H, D) -> (H·D, C)
+    "heads out": lambda x: x.flatten(0, 1).transpose(0, 1),  # (H, D, C) -> (C, H·D)
+    "flat": lambda x: x.flatten(),
+    "kernel": _conv,  # (p, q, C_in, C) -> (C, C_in, p, q)
+    "columns": lambda x: x.transpose(0, 1),
+}
+"""their layout -> ours"""
+BACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "same": FORMS["same"],
+    "matrix": FORMS["matrix"],
+    "columns": FORMS["columns"],
+}
+"""our layout -> theirs, where that needs no more than the tensor"""
+
+
+class Row(NamedTuple):
+    """One kind of tensor: its name there, its name here."""
+
+    theirs: str
+    ours: str
+    part: tuple[int, int] = (0, 1)
+    form: str = "same"
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The names of one library for one family."""
+
+    source: str
+    """whose names: transformers, torchvision, authors, google …"""
+    family: str
+    """a family of the registry"""
+    rows: tuple[Row, ...]
+    marks: tuple[str, ...] = ()
+    """names, as in `Row.theirs`, that tell this layout from every other: each is there"""
+    drop: tuple[str, ...] = ()
+    """patterns of their names for which this package has no use: derived tables, decoders, projection heads"""
+    strip: str = field(default="")
+    """what may stand before every name, as where a backbone is saved within a larger model"""
+
+    def knows(self, names: Iterable[str]) -> bool:
+        """Whether names of tensors are of this layout."""
+        plain = [self._bare(name) for name in names]
+        return bool(self.marks) and all(any(_match(mark, name) is not None for name in plain) for mark in self.marks)
+
+    def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors by our names, pieces put together; what neither `rows` nor `drop` know keeps its name.
+
+        Where a piece is missing, what is there stands under a name that no network has.
+        """
+        made: dict[str, Tensor] = {}
+        pieces: dict[tuple[str, int], dict[int, Tensor]] = {}
+        for name, tensor in tensors.items():
+            bare = self._bare(name)
+            found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, bare)) is not None]
+            for row, holes in found:
+                k, n = row.part
+                pieces.setdefault((_fill(row.ours, holes), n), {})[k] = FORMS[row.form](tensor)
+            if not found and not any(_match(pattern, bare) is not None for pattern in self.drop):
+                made[bare] = tensor
+        for (ours, n), parts in pieces.items():
+            name = ours if len(parts) == n else f"{ours} ({len(parts)} of its {n} parts)"
+            made[name] = torch.cat([parts[k] for k in sorted(parts)]) if n > 1 else parts[0]
+        return made
+
+    def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors by their names, cut into their pieces. What no row names keeps its own."""
+        made: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            found = [(row, holes) for row in self.rows if (holes := _match(row.ours, name)) is not None]
+            for row, holes in found:
+                k, n = row.part
+                made[self.strip + _fill(row.theirs, holes)] = BACK[row.form](tensor.chunk(n)[k]).contiguous()
+            if not found:
+                made[self.strip + name] = tensor
+        return made
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(self.strip)
+
+
+@cache
+def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int, int], ...]]:
+    """A template as a pattern with one group a hole, and what each hole does to its number."""
+    holes, text, at = [], "", 0
+    for hole in HOLE.finditer(template):
+        text += re.escape(template[at : hole.start()]) + ("(.+)" if hole[1] == REST else r"(\d+)")
+        holes.append((hole[1], int(hole[2] or 1), int(hole[3] or 0)))
+        at = hole.end()
+    return re.compile(text + re.escape(template[at:])), tuple(holes)
+
+
+def _match(template: str, name: str) -> dict[str, str | int] | None:
+    """What fills the holes of a template so that it is this name; None where nothing does."""
+    pattern, holes = _pattern(template)
+    found = pattern.fullmatch(name)
+    if found is None:
+        return None
+    filled: dict[str, str | int] = {}
+    for (hole, times, plus), text in zip(holes, found.groups(), strict=True):
+        value: str | int = text
+        if hole != REST:
+            value, rest = divmod(int(text) - plus, times)
+            if rest or value < 0:
+                return None
+        if filled.setdefault(hole, value) != value:
+            return None
+    return filled
+
+
+def _fill(template: str, holes: Mapping[str, str | int]) -> str:
+    def put(hole: re.Match[str]) -> str:
+        value = holes[hole[1]]
+        return value if isinstance(value, str) else str(value * int(hole[2] or 1) + int(hole[3] or 0))
+
+    return HOLE.sub(put, template)

@@ -1,0 +1,26 @@
+"""Whose names a checkpoint's tensors have: every key map, and which of them knows a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vitrail.weights.keymap import KeyMap
+from vitrail.weights.keymaps import vit
+
+KEYMAPS: tuple[KeyMap, ...] = (*vit.KEYMAPS,)
+OWN = "timm"
+"""whose names this package's networks have, where timm has the family"""
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> KeyMap | None:
+    """The map that knows these names; None where they are ours already, or nobody's. The most telling marks win."""
+    known = [keymap for keymap in KEYMAPS if keymap.knows(tensors)]
+    return max(known, key=lambda keymap: len(keymap.marks), default=None)
+
+
+def ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Tensors by our names, and whose names they had."""
+    keymap = layout_of(tensors)
+    return (dict(tensors), OWN) if keymap is None else (keymap.to_ours(tensors), keymap.source)
