@@ -137,7 +137,7 @@ def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int], pr
 
 
 def resize_relative_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A bias ((2h - 1)(2w - 1), H) for every offset in a window `old`, at window `new`; the same returns `table` itself.
+    """A bias ((2h - 1)(2w - 1), H) for every offset in a window `old`, at window `new`; the same one is itself.
 
     Bicubic (Liu et al. 2021, "Swin Transformer", section 4.1 and appendix; this filter is the authors').
     """

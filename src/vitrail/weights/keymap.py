@@ -2,16 +2,16 @@
 
     Row("vit.encoder.layer.{i}.attention.attention.query.{w}", "blocks.{i}.attn.qkv.{w}", part=(0, 3))
 
-`{i}`, `{j}` stand for whole numbers, `{i*2+1}` for twice that and one more, `{w}` for the rest of a name. A `part`
-(k, n) is the k-th of n equal pieces of our tensor, along its first dimension. `form` names how numbers are laid out
-otherwise, where they are (`FORMS`).
+`{i}`, `{j}` stand for whole numbers, `{i*2+1}` for twice that and one more, `{w}` for the rest of a name; what stands
+in `[…]` may be left out, and is written. A `part` (k, n) is the k-th of n equal pieces of our tensor, along its first
+dimension. `form` names how numbers are laid out otherwise, where they are (`FORMS`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 HOLE = re.compile(r"\{(\w)(?:\*(\d+))?(?:([+-]\d+))?\}")
 REST = "w"
+BRACKETS = str.maketrans("", "", "[]")
 
 
 def _conv(x: Tensor) -> Tensor:
@@ -66,13 +67,11 @@ class KeyMap:
     """names, as in `Row.theirs`, that tell this layout from every other: each is there"""
     drop: tuple[str, ...] = ()
     """patterns of their names for which this package has no use: derived tables, decoders, projection heads"""
-    strip: str = field(default="")
-    """what may stand before every name, as where a backbone is saved within a larger model"""
 
     def knows(self, names: Iterable[str]) -> bool:
         """Whether names of tensors are of this layout."""
-        plain = [self._bare(name) for name in names]
-        return bool(self.marks) and all(any(_match(mark, name) is not None for name in plain) for mark in self.marks)
+        names = list(names)
+        return bool(self.marks) and all(any(_match(mark, name) is not None for name in names) for mark in self.marks)
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors by our names, pieces put together; what neither `rows` nor `drop` know keeps its name.
@@ -82,13 +81,12 @@ class KeyMap:
         made: dict[str, Tensor] = {}
         pieces: dict[tuple[str, int], dict[int, Tensor]] = {}
         for name, tensor in tensors.items():
-            bare = self._bare(name)
-            found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, bare)) is not None]
+            found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, name)) is not None]
             for row, holes in found:
                 k, n = row.part
                 pieces.setdefault((_fill(row.ours, holes), n), {})[k] = FORMS[row.form](tensor)
-            if not found and not any(_match(pattern, bare) is not None for pattern in self.drop):
-                made[bare] = tensor
+            if not found and not any(_match(pattern, name) is not None for pattern in self.drop):
+                made[name] = tensor
         for (ours, n), parts in pieces.items():
             name = ours if len(parts) == n else f"{ours} ({len(parts)} of its {n} parts)"
             made[name] = torch.cat([parts[k] for k in sorted(parts)]) if n > 1 else parts[0]
@@ -101,13 +99,10 @@ class KeyMap:
             found = [(row, holes) for row in self.rows if (holes := _match(row.ours, name)) is not None]
             for row, holes in found:
                 k, n = row.part
-                made[self.strip + _fill(row.theirs, holes)] = BACK[row.form](tensor.chunk(n)[k]).contiguous()
+                made[_fill(row.theirs, holes)] = BACK[row.form](tensor.chunk(n)[k]).contiguous()
             if not found:
-                made[self.strip + name] = tensor
+                made[name] = tensor
         return made
-
-    def _bare(self, name: str) -> str:
-        return name.removeprefix(self.strip)
 
 
 @cache
@@ -118,7 +113,8 @@ def _pattern(template: str) -> tuple[re.Pattern[str], tuple[tuple[str, int, int]
         text += re.escape(template[at : hole.start()]) + ("(.+)" if hole[1] == REST else r"(\d+)")
         holes.append((hole[1], int(hole[2] or 1), int(hole[3] or 0)))
         at = hole.end()
-    return re.compile(text + re.escape(template[at:])), tuple(holes)
+    text += re.escape(template[at:])
+    return re.compile(re.sub(r"\\\[(.*?)\\\]", r"(?:\1)?", text)), tuple(holes)
 
 
 def _match(template: str, name: str) -> dict[str, str | int] | None:
@@ -144,4 +140,4 @@ def _fill(template: str, holes: Mapping[str, str | int]) -> str:
         value = holes[hole[1]]
         return value if isinstance(value, str) else str(value * int(hole[2] or 1) + int(hole[3] or 0))
 
-    return HOLE.sub(put, template)
+    return HOLE.sub(put, template).translate(BRACKETS)

@@ -112,7 +112,7 @@ def _kind_of_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, its archive has no readable index ({error}): fetch it again") from None
     names = [member.filename for member in members]
     if all(name.endswith(".npy") for name in names):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from vitrail.weights.keymap import KeyMap, Row
 
-LAYER = "vit.encoder.layer.{i}"
+LAYER = "[vit.]encoder.layer.{i}"
 TRANSFORMERS = KeyMap(
     source="transformers",
     family="vit",
     rows=(
-        Row("vit.embeddings.cls_token", "cls_token"),
-        Row("vit.embeddings.position_embeddings", "pos_embed"),
-        Row("vit.embeddings.patch_embeddings.projection.{w}", "patch_embed.proj.{w}"),
+        Row("[vit.]embeddings.cls_token", "cls_token"),
+        Row("[vit.]embeddings.position_embeddings", "pos_embed"),
+        Row("[vit.]embeddings.patch_embeddings.projection.{w}", "patch_embed.proj.{w}"),
         Row(f"{LAYER}.layernorm_before.{{w}}", "blocks.{i}.norm1.{w}"),
         Row(f"{LAYER}.attention.attention.query.{{w}}", "blocks.{i}.attn.qkv.{w}", (0, 3)),
         Row(f"{LAYER}.attention.attention.key.{{w}}", "blocks.{i}.attn.qkv.{w}", (1, 3)),
@@ -20,11 +20,11 @@ TRANSFORMERS = KeyMap(
         Row(f"{LAYER}.layernorm_after.{{w}}", "blocks.{i}.norm2.{w}"),
         Row(f"{LAYER}.intermediate.dense.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
         Row(f"{LAYER}.output.dense.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
-        Row("vit.layernorm.{w}", "norm.{w}"),
+        Row("[vit.]layernorm.{w}", "norm.{w}"),
         Row("classifier.{w}", "head.{w}"),
     ),
-    marks=("vit.embeddings.cls_token", f"{LAYER}.attention.attention.query.weight"),
-    drop=("vit.pooler.dense.{w}", "vit.embeddings.mask_token"),
+    marks=("[vit.]embeddings.cls_token", f"{LAYER}.attention.attention.query.weight"),
+    drop=("[vit.]pooler.dense.{w}", "[vit.]embeddings.mask_token"),
 )
 ENCODER = "encoder.layers.encoder_layer_{i}"
 TORCHVISION = KeyMap(
@@ -47,16 +47,16 @@ TORCHVISION = KeyMap(
     ),
     marks=("class_token", "encoder.pos_embedding", f"{ENCODER}.ln_1.weight"),
 )
-BLOCK = "Transformer/encoderblock_{i}"
+BLOCK = "[opt/target/]Transformer/encoderblock_{i}"
 HEADS = f"{BLOCK}/MultiHeadDotProductAttention_1"
 GOOGLE = KeyMap(
     source="google",
     family="vit",
     rows=(
-        Row("cls", "cls_token"),
-        Row("embedding/kernel", "patch_embed.proj.weight", form="kernel"),
-        Row("embedding/bias", "patch_embed.proj.bias"),
-        Row("Transformer/posembed_input/pos_embedding", "pos_embed"),
+        Row("[opt/target/]cls", "cls_token"),
+        Row("[opt/target/]embedding/kernel", "patch_embed.proj.weight", form="kernel"),
+        Row("[opt/target/]embedding/bias", "patch_embed.proj.bias"),
+        Row("[opt/target/]Transformer/posembed_input/pos_embedding", "pos_embed"),
         Row(f"{BLOCK}/LayerNorm_0/scale", "blocks.{i}.norm1.weight"),
         Row(f"{BLOCK}/LayerNorm_0/bias", "blocks.{i}.norm1.bias"),
         Row(f"{HEADS}/query/kernel", "blocks.{i}.attn.qkv.weight", (0, 3), "heads in"),
@@ -73,14 +73,13 @@ GOOGLE = KeyMap(
         Row(f"{BLOCK}/MlpBlock_3/Dense_0/bias", "blocks.{i}.mlp.fc1.bias"),
         Row(f"{BLOCK}/MlpBlock_3/Dense_1/kernel", "blocks.{i}.mlp.fc2.weight", form="matrix"),
         Row(f"{BLOCK}/MlpBlock_3/Dense_1/bias", "blocks.{i}.mlp.fc2.bias"),
-        Row("Transformer/encoder_norm/scale", "norm.weight"),
-        Row("Transformer/encoder_norm/bias", "norm.bias"),
-        Row("head/kernel", "head.weight", form="matrix"),
-        Row("head/bias", "head.bias"),
+        Row("[opt/target/]Transformer/encoder_norm/scale", "norm.weight"),
+        Row("[opt/target/]Transformer/encoder_norm/bias", "norm.bias"),
+        Row("[opt/target/]head/kernel", "head.weight", form="matrix"),
+        Row("[opt/target/]head/bias", "head.bias"),
     ),
-    marks=("embedding/kernel", f"{BLOCK}/LayerNorm_0/scale"),
-    drop=("pre_logits/{w}",),
-    strip="opt/target/",
+    marks=("[opt/target/]embedding/kernel", f"{BLOCK}/LayerNorm_0/scale"),
+    drop=("[opt/target/]pre_logits/{w}",),
 )
 MAE = KeyMap(
     source="MAE",
@@ -92,9 +91,8 @@ MAE = KeyMap(
 DINO = KeyMap(
     source="DINO",
     family="vit",
-    rows=(),
-    marks=("blocks.{i}.attn.qkv.weight", "head.last_layer.{w}"),
+    rows=(Row("backbone.{w}", "{w}"),),
+    marks=("backbone.blocks.{i}.attn.qkv.weight",),
     drop=("head.{w}",),
-    strip="backbone.",
 )
 KEYMAPS = (TRANSFORMERS, TORCHVISION, GOOGLE, MAE, DINO)
