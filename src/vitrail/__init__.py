@@ -23,7 +23,11 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds it equal to the
         AttentionVisualizer as AttentionVisualizer,
         visualize_patch_embedding as visualize_patch_embedding,
     )
-    from vitrail.weights.load import create_model as create_model, load_model as load_model
+    from vitrail.weights.load import (
+        create_model as create_model,
+        load_model as load_model,
+        load_weights as load_weights,
+    )
 
 _HOMES = {
     "Attention": "vitrail.layers.attention",
@@ -40,6 +44,7 @@ _HOMES = {
     "get_data_loaders": "vitrail.data.loading",
     "list_models": "vitrail.models.registry",
     "load_model": "vitrail.weights.load",
+    "load_weights": "vitrail.weights.load",
     "record_attention": "vitrail.explain.record",
     "run_training": "vitrail.trainer",
     "visualize_patch_embedding": "vitrail.visualize",

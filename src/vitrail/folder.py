@@ -17,7 +17,8 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +74,38 @@ def write_folder(
     `dtype` (fp16, bf16 …) stores every floating tensor in that type. Raises `FolderError` where something other than
     a model folder stands at `path`, where a value overflows `dtype`, and where the card cannot be written as JSON.
     """
-    target = Path(path).resolve()
-    _refuse_foreign(target)
+    _refuse_foreign(Path(path).resolve())
     config = card_text(card)
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in state_dict.items()}
+    with whole_folder(path) as fresh:
+        save_tensors(tensors, fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(config, encoding="utf-8")
+        (fresh / MANIFEST).write_text(_manifest(fresh), encoding="utf-8")
+    return Path(path)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to be filled beside `path`, synced and renamed at the end: it is there whole or not at all.
+
+    What stands at `path` is replaced; after an error it is as it was, and nothing is left behind.
+    """
+    target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     fresh.mkdir()
     try:
-        _save(tensors, fresh / WEIGHTS)
-        (fresh / CONFIG).write_text(config, encoding="utf-8")
-        (fresh / MANIFEST).write_text(_manifest(fresh), encoding="utf-8")
+        yield fresh
         for part in (*fresh.iterdir(), fresh):
             flush(part)
         _put_in_place(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    return Path(path)
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes safetensors with PyTorch's mark. Raises `FolderError` where that cannot be."""
     try:
         save_file(_unshared(tensors), file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors makes files for their owner alone

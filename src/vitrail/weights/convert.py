@@ -1,0 +1,115 @@
+"""A network written as other libraries write theirs, so that their own readers open it.
+
+    timm            config.json (architecture, model_args, pretrained_cfg), model.safetensors: timm.create_model("local-dir:…")
+    transformers    config.json, preprocessor_config.json, model.safetensors: AutoModelForImageClassification.from_pretrained
+
+Names go through the key maps, backwards; numbers are not touched, so that a round trip is exact. A family that a
+library does not have cannot be written for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vitrail.folder import CONFIG, WEIGHTS, FolderError, save_tensors, whole_folder
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import FAMILIES
+from vitrail.names import check_choice
+from vitrail.weights.keymap import KeyMap
+from vitrail.weights.layouts import KEYMAPS
+from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
+from vitrail.weights.transformers_configs import CONFIGS
+
+PILLOW = {name: number for number, name in RESAMPLING.items()}
+NO_TIMM = ("pvt", "resnet", "convnext")
+"""families that timm does not have, or has under other keys"""
+
+
+def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
+    """Writes `model` to a new folder in the layout of "timm", "transformers" or "vitrail"; returns the folder.
+
+    Raises `ValueError` where that library has no such network, `FolderError` where something stands at `folder`.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FolderError(f"{path} holds something already: name a new folder")
+    return LAYOUTS[layout](model, path)
+
+
+def _ours(model: Backbone, path: Path) -> Path:
+    return model.save_pretrained(path)
+
+
+def _timm(model: Backbone, path: Path) -> Path:
+    row = FAMILIES[model.family].variants.get(model.variant)
+    if row is None or model.family in NO_TIMM or model.variant.endswith("_debug"):
+        raise ValueError(f"timm has no {model.variant or model.family}: write it as vitrail or transformers do")
+    changed = {
+        name: value
+        for name, value in asdict(model.config).items()
+        if name not in ("num_classes", "attn") and value != getattr(row, name)
+    }
+    said = {
+        "architecture": model.variant,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "pretrained_cfg": _pretrained_cfg(model),
+        "model_args": changed,
+    }
+    return _write(model, path, {CONFIG: said}, None)
+
+
+def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
+    p = model.preprocess
+    said: dict[str, Any] = {
+        "input_size": [p.in_chans, *p.img_size],
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "interpolation": p.interpolation,
+        "crop_pct": p.crop_pct,
+        "crop_mode": p.crop_mode,
+        "num_classes": model.num_classes,
+    }
+    return said | ({"label_names": list(model.classes)} if model.classes else {})
+
+
+def _transformers(model: Backbone, path: Path) -> Path:
+    keymap = next((k for k in KEYMAPS if k.source == "transformers" and k.family == model.family), None)
+    if keymap is None or model.family not in CONFIGS:
+        raise ValueError(f"transformers has no {model.family} of these names: write it as timm or vitrail do")
+    names = dict(enumerate(model.classes or [f"LABEL_{i}" for i in range(model.num_classes)]))
+    said = CONFIGS[model.family](model.config) | {
+        "num_labels": model.num_classes,
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+    }
+    p = model.preprocess
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": p.img_size[0], "width": p.img_size[1]},
+        "resample": PILLOW[p.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(p.mean),
+        "image_std": list(p.std),
+    }
+    return _write(model, path, {CONFIG: said, PROCESSOR: processor}, keymap)
+
+
+def _write(model: Backbone, path: Path, said: Mapping[str, dict[str, Any]], keymap: KeyMap | None) -> Path:
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with whole_folder(path) as fresh:
+        save_tensors(state if keymap is None else keymap.to_theirs(state), fresh / WEIGHTS)
+        for name, values in said.items():
+            (fresh / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+LAYOUTS: dict[str, Callable[[Backbone, Path], Path]] = {"vitrail": _ours, "timm": _timm, "transformers": _transformers}
