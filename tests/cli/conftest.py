@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail import cli, trainer
+from vitrail import trainer
 from vitrail.cli import main
 from vitrail.records import History
 from vitrail.train.config import TrainConfig
@@ -84,4 +84,4 @@ def loud() -> Iterator[None]:
 @pytest.fixture
 def shipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stands for the model that ships."""
-    monkeypatch.setitem(load.SHIPPED, cli.SHIPPED, load.Shipped(run / "model", "noise"))
+    monkeypatch.setitem(load.SHIPPED, commands.SHIPPED, load.Shipped(run / "model", "noise"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail import cli
+from vitrail import commands
 from vitrail.images import open_image
 from vitrail.predict import ViTClassifier
 
@@ -111,7 +111,7 @@ def test_the_model_that_ships_answers(said: Said):
 def test_unreadable_images_are_named_and_the_others_answered(
     run: Path, photos: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "BATCH", 2)
+    monkeypatch.setattr(commands, "BATCH", 2)
     bad, gone = tmp_path / "bad.png", tmp_path / "empty.jpg"
     bad.write_text("no image")
     gone.touch()
@@ -168,7 +168,7 @@ def test_answers_are_printed_as_their_batch_is_done(
             raise KeyboardInterrupt
         return whole(self, images)
 
-    monkeypatch.setattr(cli, "BATCH", 2)
+    monkeypatch.setattr(commands, "BATCH", 2)
     monkeypatch.setattr(ViTClassifier, "logits", logits)
     out, _ = said("predict", photos / "dark", "--model", run, code=130)
     assert len(out.splitlines()) == 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrail import cli, processes, trainer
+from vitrail import commands, processes, trainer
 from vitrail.cli import COMMANDS, main
 from vitrail.train.config import TrainConfig
 
@@ -94,7 +94,7 @@ def test_of_several_processes_the_first_speaks(variable: str, monkeypatch: pytes
     def speak() -> None:
         warnings.warn("mind", UserWarning, stacklevel=1)
         logging.getLogger("vitrail").info("the step")
-        cli._tell("done")
+        commands.tell("done")
 
     monkeypatch.setitem(COMMANDS, "models", speak)
     monkeypatch.setenv(variable, "0")

@@ -1,7 +1,7 @@
 """A network written as other libraries write theirs, so that their own readers open it.
 
-    timm            config.json (architecture, model_args, pretrained_cfg), model.safetensors: timm.create_model("local-dir:…")
-    transformers    config.json, preprocessor_config.json, model.safetensors: AutoModelForImageClassification.from_pretrained
+    timm            config.json (architecture, model_args, pretrained_cfg): timm.create_model("local-dir:…")
+    transformers    config.json, preprocessor_config.json: AutoModelForImageClassification.from_pretrained
 
 Names go through the key maps, backwards; numbers are not touched, so that a round trip is exact. A family that a
 library does not have cannot be written for it.
@@ -25,8 +25,10 @@ from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
 from vitrail.weights.transformers_configs import CONFIGS
 
 PILLOW = {name: number for number, name in RESAMPLING.items()}
-NO_TIMM = ("pvt", "resnet", "convnext")
-"""families that timm does not have, or has under other keys"""
+TIMM = {"vit": "vit_base_patch16_224"}
+"""by family, a row that timm has by the same name and config; what differs from it goes into `model_args`"""
+NOT_TIMM = ("attn", "embed", "dynamic_pad", "norm", "norm_eps", "act", "num_classes")
+"""fields for which timm's constructors have no such argument"""
 
 
 def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
@@ -46,20 +48,21 @@ def _ours(model: Backbone, path: Path) -> Path:
 
 
 def _timm(model: Backbone, path: Path) -> Path:
-    row = FAMILIES[model.family].variants.get(model.variant)
-    if row is None or model.family in NO_TIMM or model.variant.endswith("_debug"):
-        raise ValueError(f"timm has no {model.variant or model.family}: write it as vitrail or transformers do")
-    changed = {
-        name: value
-        for name, value in asdict(model.config).items()
-        if name not in ("num_classes", "attn") and value != getattr(row, name)
-    }
+    if model.family not in TIMM:
+        raise ValueError(f"timm has no {model.family} of these names: write it as vitrail or transformers do")
+    row = TIMM[model.family]
+    own, usual = asdict(model.config), asdict(FAMILIES[model.family].variants[row])
+    changed = {name: value for name, value in own.items() if value != usual[name]}
+    if strange := [name for name in ("embed", "norm", "norm_eps", "act") if name in changed]:
+        raise ValueError(
+            f"timm's {row} takes no {strange[0]}={own[strange[0]]!r}: write it as vitrail or transformers do"
+        )
     said = {
-        "architecture": model.variant,
+        "architecture": row,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model),
-        "model_args": changed,
+        "model_args": {name: value for name, value in changed.items() if name not in NOT_TIMM},
     }
     return _write(model, path, {CONFIG: said}, None)
 

@@ -171,6 +171,8 @@ def _about_fit(model: Backbone, checkpoint: Checkpoint, tensors: dict[str, Tenso
         found = misfits(model.state_dict(), tensors)
         told = [f"against {name}: does not fit; {renamed}{_equal(model, tensors)} tensors as they are"]
         told += [f"{kind} ({len(names)}): {first(names, 4)}" for kind, names in found.items()]
+        if all(name.split()[0] in model.head_weights() for names in found.values() for name in names):
+            told.append("its head alone does not fit: create_model with num_classes, or new_head=True, leaves it out")
         return told + ([f"it fits {near[0].row}"] if near and near[0].share == 1 and near[0].row != name else [])
     told = [f"against {name}: fits; {renamed}{len(report.resized)} resized, {len(made)} in all"]
     return told + [f"resized: {line}" for line in report.resized[:6]]

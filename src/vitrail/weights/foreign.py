@@ -20,7 +20,7 @@ from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import likely_row
 from vitrail.weights.fetch import FetchError, fetch_from_hub
-from vitrail.weights.fit import RGB, Report, Rest, fitted, put, tell
+from vitrail.weights.fit import RGB, Report, Rest, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import ours
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
@@ -147,6 +147,8 @@ def _filled(
     config = FAMILIES[ROWS[row]].variants[row]
     given = spelled(type(config), overrides, config)
     model = build_model(row, **{**file.beside.fields, **given})
+    if "img_size" not in given and (size := size_of(model, file.tensors)) != pair(model.config.img_size):
+        model = build_model(row, **{**file.beside.fields, **given, "img_size": size})
     heads = [file.tensors[name] for name in model.head_weights() if name in file.tensors]
     classes = int(heads[0].shape[0]) if heads else 0
     if "num_classes" not in given and model.num_classes != classes:
@@ -154,3 +156,13 @@ def _filled(
     new_head = model.num_classes != classes
     put_in(model, file, preprocess, new_head=new_head, bands=bands, rest=rest)
     return model
+
+
+def size_of(model: Backbone, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The image size that tables of positions were made for, if it was square; the model's own where none says more."""
+    height, width = pair(model.config.img_size)
+    for name, table in model.position_tables().items():
+        if name in tensors and not table.relative and height == width:
+            old = guessed_table("", name, tensors[name], table)
+            return height * old.grid[0] // table.grid[0], width * old.grid[1] // table.grid[1]
+    return height, width

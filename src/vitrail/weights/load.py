@@ -23,6 +23,7 @@ from vitrail.weights.fit import Report, Rest
 from vitrail.weights.foreign import fetched, model_of_file, model_of_source, place_of, put_in, read_file
 from vitrail.weights.own import load_folder
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.sources import SOURCES, find_source, near_sources
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
@@ -153,6 +154,21 @@ def load_model(name_or_path: str | Path) -> Backbone:
     except FolderError as error:
         raise FolderError(f"{error}; by name there is {', '.join(SHIPPED)}") from None
     return load_folder(folder).eval()
+
+
+def open_weights(source: str, row: str = "") -> Backbone:
+    """The network that a model folder, a file or published weights hold; `row` names it where a file does not tell.
+
+    Raises as `create_model` and `load_weights` do.
+    """
+    path = Path(source)
+    if row:
+        model = build_model(row)
+        load_weights(model, source)
+        return model.eval()
+    if path.is_file() or (path.is_dir() and not read_sidecar(path).own):
+        return model_of_file(path, {}).eval()
+    return (load_model(source) if path.exists() or source in SHIPPED else create_model(source, pretrained=True)).eval()
 
 
 def _is_architecture(name: str) -> bool:
