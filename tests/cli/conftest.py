@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail import trainer
+from vitrail import commands, trainer
 from vitrail.cli import main
 from vitrail.records import History
 from vitrail.train.config import TrainConfig
