@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": commands.models,
     "inspect": commands.inspect,
     "convert": commands.convert,
+    "parity": commands.parity,
     "demo": commands.demo,
 }
 

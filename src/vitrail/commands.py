@@ -215,6 +215,24 @@ def convert(
     print(printable(str(write(open_weights(source, model), out, to))))
 
 
+def parity(
+    pattern: Annotated[str, "shell pattern of models, such as 'swin_*'"] = "*",
+    /,
+    *,
+    sources: Annotated[list[str] | None, "timm, torchvision, transformers; all of them by default"] = None,
+) -> None:
+    """Hold models against other libraries' with the same random weights; print the largest differences (Markdown)."""
+    from vitrail.research.parity import parity_table
+    from vitrail.research.peers import SOURCES
+
+    print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
+    for found in parity_table(pattern, tuple(sources or SOURCES)):
+        ours, theirs = found.parameters
+        count = f"{ours:,}" if ours == theirs else f"{ours:,}, not {theirs:,}"
+        size, far = f"{found.size[0]} x {found.size[1]}", f"{found.logits:.1e} | {found.features:.1e}"
+        print(f"| {found.row} | {found.source} | {size} | {far} | {found.compared} | {count} |", flush=True)
+
+
 def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
     """The model that is named; where none is, the shipped one, which then says what it is and for what images."""
     from vitrail.predict import ViTClassifier

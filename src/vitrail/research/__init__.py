@@ -1,0 +1,1 @@
+"""MANY IMAGES OR MODELS -> A TABLE. Read `parity`."""

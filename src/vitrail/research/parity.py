@@ -1,0 +1,120 @@
+"""How exactly our networks answer as other libraries' do: the largest differences of logits and of features.
+
+For every row of the registry and every library that has it: the library's network gets random weights, its file is
+loaded as anybody's would be, and both answer the same images in fp32, at the row's own size and at another.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.layers.embed import pair
+from vitrail.layers.linear import plain_linear
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model, list_models
+from vitrail.research.peers import SOURCES, Peer, build_peer
+from vitrail.weights.load import load_weights
+
+
+class Parity(NamedTuple):
+    """One row against one library at one size."""
+
+    row: str
+    source: str
+    size: tuple[int, int]
+    logits: float
+    """the largest difference, as a share of the largest logit"""
+    features: float
+    """the largest share over all intermediate features"""
+    compared: int
+    """how many features"""
+    parameters: tuple[int, int]
+    """ours and theirs"""
+
+
+def parity_table(pattern: str = "*", sources: tuple[str, ...] = SOURCES) -> Iterator[Parity]:
+    """The comparisons of all rows that match a shell pattern, one at a time; two images each.
+
+    Raises `ValueError` where a library is not installed, or where a network is not the same.
+    """
+    for row in list_models(pattern):
+        for source in sources:
+            peer = build_peer(row, source)
+            if peer is not None:
+                yield from compare(row, peer)
+
+
+@torch.no_grad()
+def compare(row: str, peer: Peer) -> Iterator[Parity]:
+    """One row against one library, at its own size and at another, where the library runs at another."""
+    ours = build_model(row)
+    with tempfile.TemporaryDirectory() as folder:
+        load_weights(ours, peer.save(peer.model, Path(folder)))
+    ours.eval()
+    counts = _count(ours), _count(peer.model)
+    for size in (pair(ours.config.img_size), other_size(ours)):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        try:
+            theirs, states = _answer(peer, images)
+        except (ValueError, AssertionError, RuntimeError):  # each says otherwise that it takes its own size alone
+            continue
+        with plain_linear():
+            logits, maps = ours(images), ours.features(images, norm=False)
+        shares = [
+            share(_laid(state, like, prefix.shape[1]), like) for state, like, prefix in zip(states, *maps, strict=True)
+        ]
+        yield Parity(row, peer.source, size, share(theirs, logits), max(shares), len(shares), counts)
+
+
+def other_size(model: Backbone) -> tuple[int, int]:
+    """Not square, and not the one that positions were made for: three quarters as high, half as wide again."""
+    height, width = pair(model.config.img_size)
+    cell = round(model.feature_info[-1].reduction)
+    return height * 3 // 4 // cell * cell, width * 3 // 2 // cell * cell
+
+
+def share(theirs: Tensor, ours: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _answer(peer: Peer, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    with _outputs(peer) as states:
+        logits = peer.logits(peer.model(images))
+    return logits, states
+
+
+@contextmanager
+def _outputs(peer: Peer) -> Iterator[list[Tensor]]:
+    """What the modules named by `peer.states` give, in the order in which they run."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    named = peer.model.named_modules()
+    hooks = [module.register_forward_hook(keep) for name, module in named if re.fullmatch(peer.states, name)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _laid(state: Tensor, like: Tensor, prefix: int) -> Tensor:
+    """Another library's state as a map (B, C, h, w): from tokens (B, P + N, C), (B, h, w, C), or as it is."""
+    if state.ndim == 3:
+        return state[:, prefix:].transpose(1, 2).unflatten(2, tuple(like.shape[-2:]))
+    return state if state.shape == like.shape else state.permute(0, 3, 1, 2)

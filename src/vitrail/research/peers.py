@@ -1,0 +1,152 @@
+"""The same networks as other libraries build them, with random weights: what ours are held against.
+
+A `Peer` is one library's network for one row of the registry. Its weights are drawn anew, every parameter and running
+statistic, so that nothing hides behind a zero bias or a norm of one; they reach us by the library's own way of saving,
+as published files do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.models.registry import FAMILIES, ROWS
+from vitrail.weights.transformers_configs import CONFIGS
+
+TORCHVISION = {
+    "vit_base_patch16_224": "vit_b_16",
+    "vit_base_patch32_224": "vit_b_32",
+    "vit_large_patch16_224": "vit_l_16",
+    "vit_large_patch32_224": "vit_l_32",
+    "vit_huge_patch14_224": "vit_h_14",
+    "swin_tiny_patch4_window7_224": "swin_t",
+    "swin_small_patch4_window7_224": "swin_s",
+    "swin_base_patch4_window7_224": "swin_b",
+    "resnet18_224": "resnet18",
+    "resnet50_224": "resnet50",
+    "convnext_tiny_224": "convnext_tiny",
+}
+"""row -> torchvision's name"""
+SOURCES = ("timm", "torchvision", "transformers")
+
+
+class Peer(NamedTuple):
+    """Another library's network for a row."""
+
+    source: str
+    model: nn.Module
+    states: str
+    """a pattern for names of the modules whose outputs are our `features`"""
+    save: Callable[[nn.Module, Path], Path]
+    """writes its weights as its library does; returns the file or folder"""
+    logits: Callable[[Any], Tensor]
+    """what a forward returns -> logits"""
+
+
+def build_peer(row: str, source: str) -> Peer | None:
+    """The network of `row` as `source` builds it, with random weights; None where it has none.
+
+    Raises `ValueError` where the library is not installed, with the line that installs it.
+    """
+    try:
+        return BUILDERS[source](row)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{source} is not installed: pip install {source}") from error
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Draws every parameter and running statistic anew, so that each has a say and none drowns the others."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        drawn = torch.randn(value.shape, generator=generator)
+        if name.endswith("running_var") or (value.ndim == 1 and "bias" not in name):
+            value.copy_(1 + 0.1 * drawn.abs())  # variances, and what multiplies channels
+        elif value.ndim >= 2 and not re.search("embed$|embeddings$|token$|table$", name):
+            value.copy_(drawn * (2 / value[0].numel()) ** 0.5)
+        else:
+            value.copy_(0.2 * drawn)
+
+
+def _timm(row: str) -> Peer | None:
+    import timm
+
+    if row not in timm.list_models():
+        return None
+    config = FAMILIES[ROWS[row]].variants[row]
+    model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
+    return _drawn("timm", model, STATES["timm"][ROWS[row]], _as_state_dict, _plain)
+
+
+def _any_size(row: str) -> dict[str, Any]:
+    """What lets timm's network take another size at run time, where it needs telling."""
+    return {"dynamic_img_size": True} if ROWS[row] in ("vit", "deit", "hybrid") else {}
+
+
+def _torchvision(row: str) -> Peer | None:
+    if row not in TORCHVISION:
+        return None
+    from torchvision import models
+
+    model = models.get_model(TORCHVISION[row], weights=None)
+    return _drawn("torchvision", model, STATES["torchvision"][ROWS[row]], _as_state_dict, _plain)
+
+
+def _transformers(row: str) -> Peer | None:
+    family = ROWS[row]
+    if family not in CONFIGS or row.endswith("_debug"):
+        return None
+    import transformers
+
+    config = FAMILIES[family].variants[row]
+    said = CONFIGS[family](config) | {"num_labels": config.num_classes}
+    kind = said.pop("architectures")[0]
+    made = transformers.AutoConfig.for_model(said.pop("model_type"), **said)
+    model = getattr(transformers, kind)(made)
+    return _drawn("transformers", model, STATES["transformers"][family], _as_pretrained, lambda out: out.logits)
+
+
+def _drawn(
+    source: str,
+    model: nn.Module,
+    states: str,
+    save: Callable[[nn.Module, Path], Path],
+    logits: Callable[[Any], Tensor],
+) -> Peer:
+    randomise(model)
+    return Peer(source, model.eval(), states, save, logits)
+
+
+def _plain(out: Any) -> Tensor:
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _as_state_dict(model: nn.Module, folder: Path) -> Path:
+    torch.save(model.state_dict(), folder / "model.pth")
+    return folder / "model.pth"
+
+
+def _as_pretrained(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+BUILDERS: Mapping[str, Callable[[str], Peer | None]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}
+STATES: Mapping[str, Mapping[str, str]] = {
+    "timm": {"vit": r"blocks\.\d+"},
+    "torchvision": {"vit": r"encoder\.layers\.encoder_layer_\d+", "resnet": r"layer\d"},
+    "transformers": {"vit": r"vit\.layers\.\d+"},
+}
+"""by library and family, the modules after which our `features` are taken"""
