@@ -20,7 +20,7 @@ from vitrail.data.badimages import OnBadImage
 from vitrail.data.transforms import eval_transform
 from vitrail.images import AnyImage, ImageError, to_pixels
 from vitrail.layers.modes import evaluating
-from vitrail.models.backbone import Backbone
+from vitrail.models.backbone import Backbone, said_preprocess
 from vitrail.names import check_choice, shortened
 from vitrail.records import Classification, Preprocess
 from vitrail.tasks.base import pick_device
@@ -48,7 +48,7 @@ class Predictor:
         device: str | None = None,
     ) -> None:
         if isinstance(model, Backbone):
-            preprocess, classes = preprocess or model.preprocess, classes or model.classes
+            preprocess, classes = said_preprocess(model, preprocess), classes or model.classes
             check_names(classes, model.num_classes)
         if preprocess is None:
             raise ValueError(

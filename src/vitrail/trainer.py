@@ -29,7 +29,7 @@ from vitrail.data.transforms import Transform, eval_transform, train_transform
 from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
-from vitrail.models.backbone import Backbone
+from vitrail.models.backbone import Backbone, said_preprocess
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
 from vitrail.models.vit import VisionTransformer, ViTConfig
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, shortened
@@ -326,7 +326,7 @@ class ViTTrainer:
         check_names(classes, self.model.num_classes)
         self.model.classes = tuple(classes) or self.model.classes
         self._told = preprocess is not None or not _as_constructed(self.model)
-        self.model.preprocess = preprocess or self.model.preprocess
+        self.model.preprocess = said_preprocess(self.model, preprocess)
         self.device, self.out, self.data = device, out, data
 
     def train(

@@ -13,6 +13,7 @@ Legend: `B` batch, `C` channels or width, `H`, `W` pixels, `h`, `w` token grid, 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from vitrail import folder
 from vitrail.layers.embed import Size, pair
 from vitrail.layers.tokens import keep_tokens
 from vitrail.records import ModelCard, Preprocess
+
+LOG = logging.getLogger("vitrail")
 
 
 class Features(NamedTuple):
@@ -121,6 +124,8 @@ class Backbone(nn.Module, ABC):
     """the registry row it was built from, or empty"""
     images: str = ""
     """one line: what images the present weights are for"""
+    weights: str = ""
+    """the file or folder that the present weights came from; empty for fresh ones"""
 
     @property
     def num_classes(self) -> int:
@@ -278,6 +283,21 @@ def usual_preprocess(img_size: Size, in_chans: int) -> Preprocess:
         if in_chans == 3
         else Preprocess(img_size=pair(img_size), mean=half, std=half)
     )
+
+
+def said_preprocess(model: Backbone, given: Preprocess | None) -> Preprocess:
+    """How images are to be prepared: as the user says, else as the model's weights want them.
+
+    Where both are known and differ, the logger `vitrail` is told of both.
+    """
+    own = model.preprocess
+    if given is None:
+        return own
+    names = [name for name in ("img_size", "mean", "std") if getattr(given, name) != getattr(own, name)]
+    if model.weights and names:
+        pairs = "; ".join(f"{name} {getattr(given, name)}, not {getattr(own, name)}" for name in names)
+        LOG.warning("images are prepared otherwise than for the weights of %s: %s", model.weights, pairs)
+    return given
 
 
 @contextmanager

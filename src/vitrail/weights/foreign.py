@@ -94,6 +94,7 @@ def put_in(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.beside.tables, bands=bands, rest=rest
     )
     put(model, made)
+    model.weights = file.where
     known = preprocess or file.beside.preprocess
     if known is not None:
         known = known if bands is None else for_bands(known, bands)

@@ -43,6 +43,7 @@ def load_folder(folder: Path, overrides: Mapping[str, Any] | None = None) -> Bac
         weights = _resized(folder, weights, saved, model)
     _fill(folder, model, weights)
     model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
+    model.weights = str(folder)
     if "img_size" in changes:
         model.preprocess = card.preprocess.replace(img_size=pair(model.config.img_size))
     if classes != model.config.num_classes:
