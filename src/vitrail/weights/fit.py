@@ -81,8 +81,8 @@ def fitted(
         made = {name: value for name, value in made.items() if name not in heads}
     for name, table in model.position_tables().items():
         if name in made:
-            old = (tables or {}).get(name) or guessed_table(where, name, made[name], table)
-            made[name] = resized(made[name], old, table)
+            old = (tables or {}).get(name) or guessed_table(made[name], table)
+            made[name] = made[name] if old is None else resized(made[name], old, table)
     for name in model.pixel_weights():
         if name in made:
             made[name] = pixels(where, name, made[name], wanted[name], bands, rest)
@@ -156,20 +156,14 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 # ---- positions
 
 
-def guessed_table(where: str, name: str, table: Tensor, like: PositionTable) -> PositionTable:
-    """What a table of positions was made for, if its grid was square. Raises `CheckpointError` where it was not."""
-    if like.relative:
-        side = (math.isqrt(table.shape[0]) + 1) // 2
-        rows, expected = table.shape[0], (2 * side - 1) ** 2
-    else:
-        side = math.isqrt(max(0, table.shape[1] - like.prefix)) if table.ndim == 3 else 0
-        rows, expected = table.shape[1] if table.ndim == 3 else 0, like.prefix + side * side
-    same = rows == _rows(like)
-    if not same and (rows != expected or side < 1):
-        raise CheckpointError(
-            f"{where}: {name} {shape_of(table)} must have {like.prefix} rows and a square grid's to be resized"
-        )
-    return like if same else like._replace(grid=(side, side))
+def guessed_table(table: Tensor, like: PositionTable) -> PositionTable | None:
+    """What a table of positions was made for, if for the same or for a square; None where for neither."""
+    if table.ndim != (2 if like.relative else 3):
+        return None
+    rows = table.shape[0 if like.relative else 1]
+    side = (math.isqrt(rows) + 1) // 2 if like.relative else math.isqrt(max(0, rows - like.prefix))
+    square = like._replace(grid=(side, side))
+    return next((made for made in (like, square) if side and _rows(made) == rows), None)
 
 
 def _rows(table: PositionTable) -> int:

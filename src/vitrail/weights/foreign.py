@@ -163,7 +163,7 @@ def size_of(model: Backbone, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """The image size that tables of positions were made for, if it was square; the model's own where none says more."""
     height, width = pair(model.config.img_size)
     for name, table in model.position_tables().items():
-        if name in tensors and not table.relative and height == width:
-            old = guessed_table("", name, tensors[name], table)
+        old = guessed_table(tensors[name], table) if name in tensors and height == width else None
+        if old is not None and not table.relative:
             return height * old.grid[0] // table.grid[0], width * old.grid[1] // table.grid[1]
     return height, width
