@@ -1,0 +1,89 @@
+"""What is written for other libraries, their own readers open; and it comes back as it was, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrail.cli import main
+from vitrail.folder import FolderError
+from vitrail.models.backbone import Backbone
+from vitrail.models.registry import build_model
+from vitrail.records import Preprocess
+from vitrail.research.peers import randomise
+from vitrail.weights.convert import LAYOUTS, convert
+from vitrail.weights.load import create_model
+
+SEEN = Preprocess(img_size=(32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode="squash")
+
+
+@pytest.fixture
+def model() -> Backbone:
+    model = build_model("vit_debug", num_classes=3).eval()
+    randomise(model)
+    model.preprocess, model.classes = SEEN, ("cat", "dog", "owl")
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_round_trip_is_exact(layout: str, model: Backbone, tmp_path: Path):
+    convert(model, tmp_path / "out", layout)
+    again = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert again.config == model.config
+    assert again.classes == model.classes and again.preprocess == SEEN
+
+
+@torch.no_grad()
+def test_timm_opens_what_is_written_for_it(model: Backbone, tmp_path: Path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(f"local-dir:{convert(model, tmp_path / 'out', 'timm')}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(theirs(images), model(images), atol=1e-5)
+    seen = timm.data.resolve_model_data_config(theirs)
+    assert (seen["mean"], seen["std"], seen["input_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [3, 32, 32])
+
+
+@torch.no_grad()
+def test_transformers_opens_what_is_written_for_it(model: Backbone, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    folder = convert(model, tmp_path / "out", "transformers")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(theirs(images).logits, model(images), atol=1e-5)
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    prepared: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(prepared, SEEN.normalise(picture), atol=1e-5)
+
+
+def test_what_a_library_has_no_word_for_is_refused_and_nothing_is_written(tmp_path: Path):
+    for layout, options in (("timm", {"norm": "rmsnorm"}), ("transformers", {"reg_tokens": 2})):
+        with pytest.raises(ValueError, match=f"{layout}'s|transformers' ViT has no registers"):
+            convert(build_model("vit_debug", **options), tmp_path / "out", layout)
+    for layout in ("timm", "transformers"):
+        with pytest.raises(ValueError, match=f"{layout} has no resnet of these names: write it as .*vitrail.* do"):
+            convert(build_model("resnet_debug"), tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(model: Backbone, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FolderError, match="holds something already: name a new folder"):
+        convert(model, tmp_path, "timm")
+    assert [part.name for part in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_command_writes_a_shipped_model_for_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "cells"
+    assert main(["convert", "bloodcells", str(out), "--to", "timm"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    said = json.loads((out / "config.json").read_text())
+    assert said["architecture"] == "vit_base_patch16_224" and said["model_args"]["embed_dim"] == 128
+    assert main(["convert", "bloodcells", str(out), "--to", "timmm"]) == 2
+    assert "did you mean timm" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""What a checkpoint is told to be, in at most twenty lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vitrail.cli import main
+from vitrail.models.registry import build_model
+from vitrail.weights.doctor import MOST_LINES, inspect, likely_row
+from vitrail.weights.keymaps.vit import TORCHVISION, TRANSFORMERS
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """As a training script leaves it: wrapped twice, with an optimiser beside it."""
+    state = {f"module.{name}": value for name, value in build_model("vit_tiny_patch4_32").state_dict().items()}
+    torch.save({"state_dict": state, "optimizer": {"lr": 0.1}, "epoch": 3}, tmp_path / "run.pth")
+    return tmp_path / "run.pth"
+
+
+def test_a_file_is_told_with_its_wrappers_network_and_classes(file: Path):
+    told = inspect(file)
+    assert told[0] == f"{file}: torch, 80 tensors, 10.8 MB, float32"
+    assert told[1:] == [
+        "taken out of: state_dict > module.",
+        "beside the weights: optimizer, epoch",
+        "names: timm's",
+        "network: vit_tiny_patch4_32, a vit",
+        "classes: 10",
+    ]
+
+
+@pytest.mark.parametrize("keymap", [TRANSFORMERS, TORCHVISION], ids=lambda keymap: keymap.source)
+def test_names_of_others_are_known(keymap, tmp_path: Path):
+    state = build_model("vit_tiny_mlp1_patch4_32").state_dict()
+    torch.save(keymap.to_theirs(state), tmp_path / "m.pth")
+    told = inspect(tmp_path / "m.pth", "vit_tiny_mlp1_patch4_32")
+    assert f"names: {keymap.source}'s" in told and "network: vit_tiny_mlp1_patch4_32, a vit" in told
+    assert told[-1] == "against vit_tiny_mlp1_patch4_32: fits; 80 renamed, 0 resized, 80 in all"
+
+
+def test_rows_of_one_body_are_told_apart_by_their_positions(tmp_path: Path):
+    for size, row in ((224, "vit_tiny_patch16_224"), (384, "vit_tiny_patch16_384")):
+        with torch.device("meta"):
+            state = build_model(row).state_dict()
+        assert likely_row(state) == row, size
+    with torch.device("meta"):
+        odd = build_model("vit_tiny_patch16_224", img_size=160).state_dict()
+    assert likely_row(odd) == "vit_tiny_patch16_224"
+
+
+def test_another_network_is_told_what_is_missing_and_which_it_would_be(file: Path):
+    told = inspect(file, "vit_small_patch4_32")
+    assert len(told) <= MOST_LINES
+    against = next(i for i, line in enumerate(told) if line.startswith("against vit_small_patch4_32: does not fit"))
+    assert told[against + 1].startswith("missing (12): blocks.6.norm1.weight")
+    assert told[against + 2].startswith("wrong shape (79): cls_token (1, 1, 192) for (1, 1, 256)")
+    assert told[-1] == "it fits vit_tiny_patch4_32"
+
+
+def test_a_head_that_alone_does_not_fit_is_told(file: Path):
+    told = inspect(file, build_model("vit_tiny_patch4_32", num_classes=3))
+    assert "wrong shape (2): head.weight (10, 192) for (3, 192), head.bias (10,) for (3,)" in told
+    assert told[-1].startswith("its head alone does not fit: create_model with num_classes, or new_head=True")
+
+
+def test_what_would_be_resized_is_told(file: Path):
+    told = inspect(file, build_model("vit_tiny_patch4_32", img_size=64))
+    assert told[-2:] == [
+        "against vit_tiny_patch4_32: fits; 1 resized, 80 in all",
+        "resized: pos_embed (1, 65, 192) -> (1, 257, 192)",
+    ]
+
+
+def test_somebody_elses_network_is_not_made_one_of_ours(tmp_path: Path):
+    torch.save(nn.Sequential(nn.Linear(192, 3), nn.LayerNorm(192)).state_dict(), tmp_path / "m.pth")
+    assert inspect(tmp_path / "m.pth")[-1] == "network: none that is known here"
+    with torch.device("meta"):
+        deep = build_model("vit_tiny_patch4_32", depth=7).state_dict()
+    torch.save({name: torch.zeros(value.shape) for name, value in deep.items()}, tmp_path / "deep.pth")
+    assert inspect(tmp_path / "deep.pth")[-1] == (
+        "network: not one that is known here; the nearest is vit_tiny_patch4_32 (86% of its tensors)"
+    )
+
+
+def test_the_command_prints_it(file: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(file), "--model", "vit_tiny_patch4_32"]) == 0
+    assert capsys.readouterr().out.splitlines() == inspect(file, "vit_tiny_patch4_32")
+    assert main(["inspect", str(file.parent / "absent.pth")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
