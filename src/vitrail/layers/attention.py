@@ -32,8 +32,8 @@ class Layout:
     """Which image cell each row (query) and column (key) of an attention matrix stands for.
 
     Rows are `prefix` tokens that are no image cell (class token, registers), then image tokens; columns likewise.
-    An index maps each image token to a cell of its grid in raster order, -1 for padding. Its shape is (N,), (B, N), or,
-    where `windows` > 1, (windows, N). None means the cells in raster order.
+    An index maps each image token to a cell of its grid in raster order, -1 for padding. Its shape is (N,), (B, N),
+    (B, windows, N), or, where `windows` > 1, (windows, N). None means the cells in raster order.
     """
 
     grid: tuple[int, ...]
