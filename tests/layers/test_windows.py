@@ -132,7 +132,9 @@ def test_padded_cells_are_seen_by_themselves_alone_and_lie_nowhere() -> None:
     assert unseen.hidden is not None and unseen.padded is not None
     index = unseen.layout.key_index
     assert index is not None and index.shape == (2, 4, 4)
-    assert torch.equal(index[1], made.cells) and set(index[0].flatten().tolist()) == set(range(16)) - {5, 6, 9, 10} | {-1}
+    assert torch.equal(index[1], made.cells) and set(index[0].flatten().tolist()) == set(range(16)) - {5, 6, 9, 10} | {
+        -1
+    }
     window = int((made.cells == 5).any(1).nonzero())
     assert torch.equal(~unseen.hidden[0, window], torch.eye(4, dtype=torch.bool))
     assert torch.equal(unseen.hidden[1], made.hidden[0])

@@ -84,25 +84,30 @@ def cut_windows(grid: Pair, window: Pair, shift: Pair, device: torch.device | No
     It is not rolled along a side that is a single window (Liu et al. 2021, section 3.2, efficient batch computation).
     """
     whole = [-(-side // size) * size for side, size in zip(grid, window, strict=True)]
-    shift = tuple(0 if side == size else by for side, size, by in zip(whole, window, shift, strict=True))
-    lines = [(torch.arange(side, device=device) + by) % side for side, by in zip(whole, shift, strict=True)]
+    rolled = [0 if side == size else by for side, size, by in zip(whole, window, shift, strict=True)]
+    lines = [(torch.arange(side, device=device) + by) % side for side, by in zip(whole, rolled, strict=True)]
     rows, columns = lines[0].view(-1, 1, window[0], 1), lines[1].view(1, -1, 1, window[1])
     inside = (rows < grid[0]) & (columns < grid[1])
     cells = torch.where(inside, rows * grid[1] + columns, -1).flatten(2).flatten(0, 1)  # (W, N)
     flat = cells.flatten()
     missing = flat.numel() - grid[0] * grid[1]
-    corner = (2 * (rows < shift[0]) + (columns < shift[1])).flatten(2).flatten(0, 1)  # what came from the other end
+    corner = (2 * (rows < rolled[0]) + (columns < rolled[1])).flatten(2).flatten(0, 1)  # what came from the other end
     return Windows(
         grid,
         cells,
         places=flat.argsort()[missing:],  # padding, -1, is sorted to the front
-        hidden=(corner[:, :, None] != corner[:, None])[None] if any(shift) else None,
+        hidden=(corner[:, :, None] != corner[:, None])[None] if any(rolled) else None,
         empty=(flat < 0)[:, None] if missing else None,
     )
 
 
 class GridWindows(nn.Module):
     """The windows of a network's own grid, kept in memory; those of any other grid are made when they are asked for."""
+
+    cells: Tensor
+    places: Tensor
+    hidden: Tensor | None
+    empty: Tensor | None
 
     def __init__(self, grid: Pair, window: Pair, shift: Pair) -> None:
         super().__init__()
@@ -144,6 +149,8 @@ class WindowAttention(Attention):
 
     Takes tokens in the order of the windows.
     """
+
+    relative_position_index: Tensor
 
     def __init__(
         self,

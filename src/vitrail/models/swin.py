@@ -37,8 +37,14 @@ from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import mean_tokens
 from vitrail.layers.windows import GridWindows, Pair, WindowAttention, Windows, relative_index
 from vitrail.models.backbone import (
-    Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once, usual_preprocess,
-)  # fmt: skip
+    Backbone,
+    FeatureInfo,
+    Features,
+    PositionTable,
+    Tokens,
+    drawn_once,
+    usual_preprocess,
+)
 from vitrail.models.config import check_least, check_rates, choose, family_config
 
 PAIRS = ("img_size", "patch_size", "window_size")
@@ -96,12 +102,21 @@ class SwinConfig:
 def _numbers(name: str, given: Any) -> tuple[int, ...]:
     """A number a stage. Eight stages make a cell of a thousand pixels; more would be a mistake."""
     if not isinstance(given, tuple | list) or not 1 <= len(given) <= 8 or not all(type(n) is int for n in given):
-        raise ValueError(f"{name} must hold a whole number for each of 1 to 8 stages, as in (2, 2, 6, 2); got {given!r}")
+        raise ValueError(
+            f"{name} must hold a whole number for each of 1 to 8 stages, as in (2, 2, 6, 2); got {given!r}"
+        )
     return tuple(given)
 
 
 def _row(
-    size: int, patch: int, window: int, dim: int, depths: tuple[int, ...], heads: int, ratio: float = 4.0, classes: int = 1000
+    size: int,
+    patch: int,
+    window: int,
+    dim: int,
+    depths: tuple[int, ...],
+    heads: int,
+    ratio: float = 4.0,
+    classes: int = 1000,
 ) -> SwinConfig:
     return SwinConfig(
         img_size=size, patch_size=patch, window_size=window, embed_dim=dim, depths=depths,
@@ -175,15 +190,14 @@ class SwinStage(nn.Module):
         self.blocks = nn.ModuleList(SwinBlock(dim, c.num_heads[number], rate, c) for rate in rates)
         self.regular = GridWindows(grid, window, (0, 0))
         self.shifted = GridWindows(grid, window, (window[0] // 2, window[1] // 2))
-        self.grad_checkpointing = False
 
-    def forward(self, tokens: Tokens) -> Tokens:
+    def forward(self, tokens: Tokens, checkpointing: bool = False) -> Tokens:
         tokens = self._merged(tokens)
         turns, before, x = self._windows(tokens), None, tokens.x
         for i, block in enumerate(self.blocks):
             windows = turns[i % 2]
             x, before = windows.enter(x, before), windows
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, windows, use_reentrant=False)
             else:
                 x = block(x, windows)
@@ -247,6 +261,7 @@ class SwinTransformer(Backbone):
             self.num_features = c.embed_dim * 2 ** (len(c.depths) - 1)
             self.norm = nn.LayerNorm(self.num_features, eps=c.norm_eps)
             self.head = Head(self.num_features, c.num_classes, c.drop_rate)
+        self.grad_checkpointing = False
         rows, columns = pair(c.patch_size)
         self.feature_info = [
             FeatureInfo(c.embed_dim * 2**i, rows * 2**i, f"layers.{i}", columns * 2**i) for i in range(len(c.depths))
@@ -267,7 +282,7 @@ class SwinTransformer(Backbone):
         """images (B, C_in, H, W) -> the last stage's tokens (B, h·w, num_features), normed, in raster order."""
         tokens = self.embed(images, mask)
         for stage in self.layers:
-            tokens = stage(tokens)
+            tokens = stage(tokens, self.grad_checkpointing)
         return tokens._replace(x=self.norm(tokens.x))
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
@@ -296,10 +311,12 @@ class SwinTransformer(Backbone):
         wanted = self.feature_indices(indices)
         tokens, maps = self.embed(images, mask), {}
         for i in range(max(wanted, default=-1) + 1):
-            tokens = self.layers[i](tokens)
+            tokens = self.layers[i](tokens, self.grad_checkpointing)
             x = self.norm(tokens.x) if norm and i == len(self.layers) - 1 else tokens.x
             maps[i] = x.transpose(1, 2).unflatten(2, tokens.grid)
-        return Features([maps[i] for i in wanted], [maps[i].new_zeros(len(images), 0, maps[i].shape[1]) for i in wanted])
+        return Features(
+            [maps[i] for i in wanted], [maps[i].new_zeros(len(images), 0, maps[i].shape[1]) for i in wanted]
+        )
 
     # ---- care
 
@@ -330,7 +347,8 @@ class SwinTransformer(Backbone):
                 module.relative_position_index.copy_(relative_index(module.window))
         projection = self.patch_embed.proj
         trunc_normal(projection.weight, projection.weight[0].numel() ** -0.5)
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
 
     def position_tables(self) -> dict[str, PositionTable]:
         names = [name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")]
@@ -354,5 +372,4 @@ class SwinTransformer(Backbone):
         return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+        self.grad_checkpointing = enable
