@@ -8,11 +8,11 @@
 
     inside a stage: tokens enter the order of regular windows, block, gather, block in shifted windows, gather, …, leave
 
-Notable choices: names and keys are timm's, where a stage begins with its merging (in the authors' files it ends with the
-next one's). A map that does not divide into windows is padded and then rolled, the order of the authors, torchvision
-and transformers; timm rolls first, and differs there. A map smaller than a window is padded too, as in torchvision, so
-that one set of weights serves every size. Between stages tokens stand in raster order, inside one in that of its
-windows, padded cells among them; those are zero before attention, as if they had been padded there.
+Notable choices: names and keys are timm's, where a stage begins with its merging (in the authors' files it ends with
+that of the next one). A map that does not divide into windows is padded and then rolled, the order of the authors,
+torchvision and transformers; timm rolls first, and differs there. A map smaller than a window is padded too, as in
+torchvision, so that one set of weights serves every size. Between stages tokens stand in raster order, inside one in
+that of its windows, padded cells among them; these are zero before attention, as if they had been padded there.
 
 Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` cells of a stage, `C` width, `K` classes.
 """
