@@ -183,6 +183,24 @@ def test_a_masked_image_is_the_image_alone(width: int) -> None:
         torch.testing.assert_close(masked[..., : alone.shape[3]], alone, atol=1e-4, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_padded_pixels_of_a_patch_and_padded_cells_of_a_merger_are_zero() -> None:
+    """Where padding begins amid a patch, or amid four cells that are merged, what it holds is not seen."""
+    model = SwinTransformer(**TINY).eval()
+    one, other = (torch.randn(1, 3, 32, 32) for _ in range(2))
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[..., 15:] = True
+    other = torch.where(mask[:, None], other, one)
+    assert torch.equal(model(one, mask), model(other, mask))
+    tokens = model.embed(one, mask)  # 16 x 16 cells, whose columns from 8 on are padding
+    odd = torch.zeros(16, 16, dtype=torch.bool)
+    odd[:, 7:] = True
+    tokens = tokens._replace(padding=odd.view(1, -1))
+    changed = tokens._replace(x=tokens.x + 5 * odd.view(1, -1, 1))
+    first, second = (model.layers[1](given).x.unflatten(1, (8, 8))[:, :, :4] for given in (tokens, changed))
+    assert torch.equal(first, second)
+
+
 def test_windows_of_padding_alone_have_gradients_and_no_weight_on_the_image() -> None:
     model = SwinTransformer(**TINY)
     wide, mask = padded_right(torch.randn(2, 3, 32, 32), 32, 1.0)
@@ -209,6 +227,7 @@ def test_merging_belongs_to_the_first_block_of_its_stage() -> None:
     assert len(groups) == 6
     assert all(name.startswith("patch_embed.") for name in groups[0])
     assert {name.split(".")[2] for name in groups[3]} == {"downsample", "blocks"}
+    assert {name[:18] for name in groups[4]} == {"layers.1.blocks.1."}
     assert {name.split(".")[0] for name in groups[5]} == {"norm", "head"}
 
 
