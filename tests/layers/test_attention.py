@@ -191,6 +191,17 @@ def test_few_scores_are_one_call_in_any_dtype(fused_calls: list[Any], monkeypatc
     assert len(fused_calls) == 1
 
 
+def test_a_bias_that_learns_is_added_by_hand(fused_calls: list[Any]) -> None:
+    """PyTorch's CPU kernel gives a bias no gradient, and its fallback is slower than matmul and softmax."""
+    bias = BIAS.clone().requires_grad_()
+    attend(*qkv(), bias=bias).sum().backward()
+    assert bias.grad is not None and not fused_calls
+    attend(*qkv(), bias=bias, kernel="fused")
+    with torch.no_grad():
+        attend(*qkv(), bias=bias + 0)
+    assert len(fused_calls) == 2
+
+
 def test_a_named_kernel_is_taken_whatever_the_dtype(fused_calls: list[Any]) -> None:
     attend(*qkv(dtype=torch.bfloat16), kernel="fused")
     assert len(fused_calls) == 1

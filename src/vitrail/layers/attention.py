@@ -32,8 +32,8 @@ class Layout:
     """Which image cell each row (query) and column (key) of an attention matrix stands for.
 
     Rows are `prefix` tokens that are no image cell (class token, registers), then image tokens; columns likewise.
-    An index maps each image token to a cell of its grid in raster order, -1 for padding. Its shape is (N,), (B, N), or,
-    where `windows` > 1, (windows, N). None means the cells in raster order.
+    An index maps each image token to a cell of its grid in raster order, -1 for padding. Its shape is (N,), (B, N),
+    (B, windows, N), or, where `windows` > 1, (windows, N). None means the cells in raster order.
     """
 
     grid: tuple[int, ...]
@@ -96,7 +96,7 @@ def attend(
     if rows is not None:
         q = q[:, :, :rows]
         bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :rows, :]
-    if mix is None and _fused(kernel, q, k):
+    if mix is None and _fused(kernel, q, k, bias):
         if causal and bias is not None:  # SDPA takes one or the other
             bias, causal = bias + causal_bias(q, k), False
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
@@ -137,10 +137,14 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
     return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
 
 
-def _fused(kernel: Kernel, q: Tensor, k: Tensor) -> bool:
+def _fused(kernel: Kernel, q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
     if kernel != "auto":
         return kernel == "fused"
-    if k.dtype != torch.bfloat16 or k.device.type != "cpu" or torch.compiler.is_compiling():
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    if bias is not None and bias.requires_grad:  # SDPA's kernel gives it no gradient: it would fall back, and copy more
+        return False
+    if k.dtype != torch.bfloat16:
         return True
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     return k.shape[2] > EAGER_TOKENS or scores < EAGER_SCORES

@@ -33,6 +33,7 @@ class PatchEmbed(nn.Module):
     `kind` "conv" is a convolution whose stride is its kernel; "linear" cuts first and multiplies after: the same
     function with the same number of parameters. Any image size that divides into patches is taken at run time;
     `dynamic_pad` pads the right and lower edge with zeros where it does not. Raises `ValueError` otherwise.
+    `norm` makes a norm layer of a width, for the tokens.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class PatchEmbed(nn.Module):
         *,
         kind: str = "conv",
         dynamic_pad: bool = False,
+        norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, PROJECTIONS)
         self.patch_size, self.in_chans, self.dynamic_pad = pair(patch_size), in_chans, dynamic_pad
         self.grid_size = self.grid(*pair(img_size))
         self.proj = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size)
+        self.norm = norm(embed_dim) if norm else nn.Identity()
 
     @property
     def num_patches(self) -> int:
@@ -73,7 +76,7 @@ class PatchEmbed(nn.Module):
         rows, columns = self.grid(height, width)
         below, right = rows * self.patch_size[0] - height, columns * self.patch_size[1] - width
         images = F.pad(images, (0, right, 0, below)) if below or right else images
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, N, C)
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))  # (B, N, C)
 
     def padding(self, mask: Tensor) -> Tensor:
         """Padded pixels (B, H, W) bool -> (B, N) bool: true where a patch holds nothing but padding."""
@@ -81,6 +84,12 @@ class PatchEmbed(nn.Module):
         below, right = rows * self.patch_size[0] - mask.shape[-2], columns * self.patch_size[1] - mask.shape[-1]
         seen = F.pad(~mask.bool(), (0, right, 0, below)).float()
         return F.max_pool2d(seen[:, None], self.patch_size).flatten(1) == 0
+
+
+def check_mask(images: Tensor, mask: Tensor) -> None:
+    """Raises `ValueError` unless a mask of padded pixels is (B, H, W), as its images are."""
+    if mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
+        raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
 
 
 class PatchLinear(nn.Linear):

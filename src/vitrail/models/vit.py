@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitrail.layers.attention import Attention, Kernel, Layout
 from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, drop_path_rates, is_hooked, run_block
-from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_positions, sincos_2d
+from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, check_mask, pair, resize_positions, sincos_2d
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
@@ -194,8 +194,8 @@ class VisionTransformer(Backbone):
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding."""
-        if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
-            raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(images, mask)
         patches = self.patch_embed(images)
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
