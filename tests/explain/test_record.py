@@ -9,7 +9,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.record import record_attention
-from vitrail.layers.attention import Attention, Layout, Mix, attend
+from vitrail.layers.attention import Attention, Layout, attend
+from vitrail.layers.talking import Mix
 
 KERNELS = ("auto", "fused", "eager")
 

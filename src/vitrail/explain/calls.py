@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.layers.attention import Layout, Mix, attend, attention_weights, causal_bias, mix_heads
+from vitrail.layers.attention import Layout, attend, attention_weights, with_causal
+from vitrail.layers.talking import Mix, mix_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +48,15 @@ class Call:
             q, k = pick(self.q, heads, rows).to(wide), pick(self.k, heads, None).to(wide)
             return attention_weights(q, k, bias=bias, scale=self.scale, mix=mix)
 
-    def mixed(self, weights: Tensor) -> Tensor | None:
-        """What multiplies the values where heads are mixed after the softmax, else None."""
+    def mixed(self, weights: Tensor, rows: Sequence[int] | None = None) -> Tensor | None:
+        """What multiplies the values where heads are mixed after the softmax (here that of `rows`), else None."""
         if self.mix is None:
             return None
-        bias = None if self.mix.after_bias is None else self.mix.after_bias.to(weights.dtype)
+        before, after, constant = self.mix
+        wide = Mix(before, after.to(weights.dtype), None if constant is None else constant.to(weights.dtype))
+        bias = None if self.bias is None else pick(self.bias, None, rows)
         with torch.autocast(weights.device.type, enabled=False):
-            return mix_heads(weights, self.mix.after.to(weights.dtype), bias)
+            return mix_weights(weights, wide, bias)
 
     def apply(self, weights: Tensor, mixed: Tensor | None) -> Any:
         """What the caller gets if the values are weighed by these very tensors."""
@@ -89,7 +92,7 @@ def _of_attend(
 ) -> Call:
     del rest["kernel"]
     bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
-    return Call(q, k, v, lambda out, weights: out[:, :, :rows], _with_causal(bias, causal, q, k), **rest)
+    return Call(q, k, v, lambda out, weights: out[:, :, :rows], with_causal(bias, causal, q, k), **rest)
 
 
 def _of_sdpa(
@@ -109,20 +112,13 @@ def _of_sdpa(
     if attn_mask is not None:
         mask = additive(attn_mask, query.dtype)
         bias = fold(mask.expand(*query.shape[:-2], *mask.shape[-2:]), batch)
-    bias = _with_causal(bias, is_causal, q, k)
+    bias = with_causal(bias, is_causal, q, k)
     shape = (*query.shape[:-1], value.shape[-1])
     return Call(q, k, v, lambda out, weights: out.reshape(shape), bias, scale, dropout_p)
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
-
-
-def _with_causal(bias: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
-    if not causal:
-        return bias
-    later = causal_bias(q, k)[None, None]
-    return later if bias is None else bias + later
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -243,7 +243,7 @@ class _Recorder(TorchFunctionMode):
             return call.apply(weights, mixed)
         with torch.no_grad():
             weights = call.softmax(part.folded, part.rows)
-            self._keep(weights, call.mixed(weights), part)
+            self._keep(weights, call.mixed(weights, part.rows), part)
         return func(*args, **kwargs)
 
     def _other(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -275,6 +275,12 @@ class Backbone(nn.Module, ABC):
         return {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
 
 
+def check_mask(mask: Tensor | None, images: Tensor) -> None:
+    """Raises `ValueError` unless a mask of padded pixels is (B, H, W) like the images (B, C, H, W)."""
+    if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
+        raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
+
+
 def usual_preprocess(img_size: Size, in_chans: int) -> Preprocess:
     """ImageNet's mean and deviation for three channels, which most published weights want; a half for others."""
     half = (0.5,) * in_chans

@@ -30,7 +30,7 @@ from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, pair, resize_pos
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
-from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once
+from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, check_mask, drawn_once
 from vitrail.models.config import check_least, check_rates, choose, family_config
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
@@ -194,8 +194,7 @@ class VisionTransformer(Backbone):
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding."""
-        if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
-            raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
+        check_mask(mask, images)
         patches = self.patch_embed(images)
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
