@@ -72,7 +72,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mix: Mix, scale: float, bia
     count = max(1, CACHED_SCORES // max(1, math.prod(size)))
     buffers = q.new_empty(2, min(count, len(q)), *size)
     out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # (B, H, Q, D)
-    bias = None if bias is None else bias.expand(len(q), *(1,) * (4 - bias.ndim), *bias.shape[-3:])
+    bias = None if bias is None else bias[(None,) * (4 - bias.ndim)].expand(len(q), -1, -1, -1)
     for start in range(0, len(q), count):
         part = slice(start, start + count)
         out[part] = _attend(q[part], k[part], v[part], mix, scale, None if bias is None else bias[part], buffers)

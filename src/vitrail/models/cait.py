@@ -279,7 +279,7 @@ class CaiT(Backbone):
         prefix = 1 + tokens.prefix
         bias = None if tokens.padding is None else padding_bias(tokens.padding, prefix, tokens.x.dtype)
         layout = Layout(tokens.grid, prefix=1, key_prefix=prefix, key_index=tokens.shown, readout=(0,))
-        x = self.cls_token.expand(tokens.x.shape[0], -1, -1)
+        x = self.cls_token.repeat(tokens.x.shape[0], 1, 1)  # FlopCounterMode takes no view of a parameter
         for block in self.blocks_token_only:
             look = partial(block, tokens=tokens.x)
             x = run_block(look, x, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
