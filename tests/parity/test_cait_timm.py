@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from vitrail.explain.maps import rollout_map
 from vitrail.explain.record import record_attention
 from vitrail.models.cait import VARIANTS, CaiT
+from vitrail.weights.load import load_weights
+from vitrail.weights.sources import find_source
 
 timm = pytest.importorskip("timm")
 
@@ -142,3 +145,38 @@ def test_a_row_is_timms_row(row: str) -> None:
 
 def test_every_published_row_is_there() -> None:
     assert len(PUBLISHED) == 10 and set(PUBLISHED) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_the_published_sources_are_those_that_timm_names(row: str) -> None:
+    told = timm.models.get_pretrained_cfg(f"{row}.fb_dist_in1k")
+    for name, place in (
+        (f"{row}.fb_dist_in1k", f"hub:timm/{row}.fb_dist_in1k"),
+        (f"{row}.authors_dist_in1k", told.url),
+    ):
+        source = find_source(name)
+        assert (source.place, source.licence, source.classes) == (place, told.license, told.num_classes)
+        assert source.preprocess == CaiT(VARIANTS["cait_debug"]).preprocess.replace(img_size=told.input_size[1:])
+    assert find_source(row).name == f"{row}.fb_dist_in1k"
+
+
+@torch.no_grad()
+def test_a_file_of_the_authors_is_read(tmp_path: Path) -> None:
+    """Their weights stand under "model", each behind `module.`; the names behind that are timm's."""
+    _, theirs = twins()
+    held = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save({"model": held}, file := tmp_path / "XXS24_224.pth")
+    ours = CaiT(**SMALL).eval()
+    load_weights(ours, file)
+    close(ours(x := torch.randn(2, 3, 32, 32)), theirs(x))
+
+
+@torch.no_grad()
+def test_weights_of_one_size_are_put_into_a_network_of_another(tmp_path: Path) -> None:
+    ours, theirs = twins()
+    torch.save(theirs.state_dict(), file := tmp_path / "cait.pth")
+    larger = CaiT(**{**SMALL, "img_size": (40, 56)}).eval()
+    load_weights(larger, file)
+    x = torch.randn(2, 3, 40, 56)
+    close(larger(x), ours(x))
+    close(larger(x), at_another_size(theirs, {}, (40, 56))(x))
