@@ -104,14 +104,19 @@ def attention_weights(
     mix: Mix | None = None,
 ) -> Tensor:
     """The matrix that weighs the values, (B, H, Q, N). Rows sum to 1 unless `mix` is given."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pairs = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)  # (B·H, Q, D), (B·H, D, N)
-    scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale)
-    scores = scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    scores = attention_scores(q, k, scale)
     scores = scores if mix is None else mix_heads(scores, mix.before)
     bias = with_causal(bias, causal, q, k)
     weights = (scores if bias is None else scores + bias).softmax(dim=-1)
     return weights if mix is None else mix_weights(weights, mix, bias)
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """q kᵀ · scale (B, H, Q, N); the scale is D^-0.5 where none is given."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    pairs = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)  # (B·H, Q, D), (B·H, D, N)
+    scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale)
+    return scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 def with_causal(bias: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
