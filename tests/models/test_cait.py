@@ -165,6 +165,19 @@ def test_what_is_recorded_is_what_weighs_the_values() -> None:
     close(part.maps[0].acting, acting[:, :, 3:4])
 
 
+@torch.no_grad()
+def test_rows_that_somebody_adds_are_seen_by_the_class_token_and_lie_nowhere() -> None:
+    model, x = build(), torch.randn(2, 3, 32, 32)
+    tokens, extra = model.embed(x), torch.randn(2, 2, 24)
+    more = tokens._replace(x=torch.cat([extra, tokens.x], 1), pos=nn.functional.pad(tokens.pos, (0, 0, 2, 0)), prefix=2)
+    with record_attention() as record:
+        whole = model.encode(more)
+    last = record.maps[-1]
+    assert (whole.prefix, tuple(last.weights.shape)) == (3, (2, 3, 1, 3 + 16))
+    close(attention_map(last), last.weights.mean(1)[:, 0, 3:].view(2, 4, 4))
+    assert rollout_map(record.maps).shape == (2, 4, 4)
+
+
 # ---- padded pixels
 
 
@@ -281,6 +294,18 @@ def test_stochastic_depth_leaves_branches_out() -> None:
     x = torch.randn(64, 5, 24)
     assert (block(x) == x).all(2).all(1).float().mean().item() == pytest.approx(0.25, abs=0.15)
     assert not (block.eval()(x) == x).all(2).all(1).any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_every_block_again_in_the_backward_pass(checkpointing: bool) -> None:
+    model, runs = build().train(), []
+    model.set_grad_checkpointing(checkpointing)
+    for block in (*model.blocks, *model.blocks_token_only):
+        block.norm2.register_forward_hook(lambda module, *_: runs.append(module))
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert len(runs) == 5
+    logits.sum().backward()
+    assert len(runs) == (10 if checkpointing else 5)
 
 
 def test_dropped_weights_are_those_after_the_mix() -> None:
