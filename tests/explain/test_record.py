@@ -9,7 +9,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.record import record_attention
-from vitrail.layers.attention import Attention, Layout, Mix, attend
+from vitrail.layers.attention import Attention, Layout, attend
+from vitrail.layers.talking import Mix
 
 KERNELS = ("auto", "fused", "eager")
 
@@ -122,6 +123,19 @@ def test_talking_heads_give_the_softmax_and_the_effective_map():
         attend(q, k, v, mix=mix)
     torch.testing.assert_close(record.maps[0].weights, seen.weights[:, [1, 2, 0]])
     torch.testing.assert_close(record.maps[0].effective, mixed[:, [1, 2, 0]])
+
+
+def test_talking_heads_recorded_in_part_hide_what_each_row_may_not_see():
+    q, k, v = torch.randn(3, 2, 3, 6, 4).unbind()
+    mix = Mix(torch.randn(3, 3), torch.randn(3, 3), torch.randn(3))
+    with record_attention() as record:
+        out = attend(q, k, v, mix=mix, causal=True)
+    whole = record.maps[0].effective
+    torch.testing.assert_close(whole @ v, out)
+    assert (whole.triu(1) == 0).all()
+    with record_attention(queries=[3, 1], heads=[2]) as record:
+        attend(q, k, v, mix=mix, causal=True)
+    torch.testing.assert_close(record.maps[0].effective, whole[:, 2:, [3, 1]])
 
 
 def test_heads_are_chosen_in_each_window():

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.explain.record import record_attention
-from vitrail.layers.attention import Attention, Mix, attend
+from vitrail.layers.attention import Attention, attend
+from vitrail.layers.talking import Mix
 
 
 @pytest.mark.parametrize("frozen", [False, True])

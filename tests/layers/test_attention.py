@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.layers import attention
-from vitrail.layers.attention import EAGER_TOKENS, Attention, Layout, Mix, attend, attention_weights, causal_bias
+from vitrail.layers.attention import EAGER_TOKENS, Attention, Layout, attend, attention_weights, with_causal
 from vitrail.layers.blocks import NORMS
+from vitrail.layers.talking import Mix
 from vitrail.models.vit import VisionTransformer
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 4
@@ -62,7 +63,8 @@ def by_loops(
             scores[:, :, i, i + 1 :] = float("-inf")
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     if mix is not None:
-        weights = sum_over_heads(weights, mix.after, torch.zeros(heads) if mix.after_bias is None else mix.after_bias)
+        mixed = sum_over_heads(weights, mix.after, torch.zeros(heads) if mix.after_bias is None else mix.after_bias)
+        weights = mixed.masked_fill(scores == float("-inf"), 0)
     return weights @ v
 
 
@@ -99,7 +101,7 @@ def test_weights_are_rows_that_sum_to_one_and_hidden_keys_get_none() -> None:
     weights = attention_weights(q, k, bias=BIAS, causal=True)
     assert torch.allclose(weights.sum(-1), torch.ones(BATCH, HEADS, QUERIES), atol=1e-6)
     assert weights[1, :, :, 3].abs().max() == 0
-    assert torch.equal(weights[0, 0] == 0, causal_bias(q, k) == float("-inf"))
+    assert torch.equal(weights[0, 0] == 0, with_causal(None, True, q, k)[0, 0] == float("-inf"))
 
 
 @pytest.mark.parametrize("kernel", ["fused", "eager"])

@@ -1,6 +1,7 @@
 """The ways in which a model asks for attention, each translated into one: `Call`.
 
     attend · F.scaled_dot_product_attention · F.multi_head_attention_forward  ──>  q, k, v, bias, scale, dropout, mix
+    attend_topk · attend_linear                                              ──>  the same, and another way to weigh
 
 Legend: `B` batch, `H` heads, `Q` queries, `K` keys, `D` head width, `C` model width.
 """
@@ -9,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.layers.attention import Layout, Mix, attend, attention_weights, causal_bias, mix_heads
+from vitrail.layers.attention import Layout, attend, attention_weights, with_causal
+from vitrail.layers.sparse import attend_linear, attend_topk, linear_weights, topk_weights
+from vitrail.layers.talking import Mix, mix_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,8 @@ class Call:
     dropout: float = 0.0
     mix: Mix | None = None
     layout: Layout | None = None
+    weigh: Callable[..., Tensor] = attention_weights
+    """(q, k, bias=…, scale=…, and mix=… where heads talk) -> the matrix (B, H, Q, K), rows summing to 1"""
 
     def softmax(self, heads: Sequence[int] | None = None, rows: Sequence[int] | None = None) -> Tensor:
         """(B, H', Q', K) in at least fp32, autocast off. All heads where they are mixed before the softmax."""
@@ -45,15 +51,17 @@ class Call:
         mix = self.mix and Mix(self.mix.before.to(wide), torch.eye(self.q.shape[1], dtype=wide, device=self.q.device))
         with torch.autocast(self.q.device.type, enabled=False):
             q, k = pick(self.q, heads, rows).to(wide), pick(self.k, heads, None).to(wide)
-            return attention_weights(q, k, bias=bias, scale=self.scale, mix=mix)
+            return self.weigh(q, k, bias=bias, scale=self.scale, **({"mix": mix} if mix else {}))
 
-    def mixed(self, weights: Tensor) -> Tensor | None:
-        """What multiplies the values where heads are mixed after the softmax, else None."""
+    def mixed(self, weights: Tensor, rows: Sequence[int] | None = None) -> Tensor | None:
+        """What multiplies the values where heads are mixed after the softmax (here that of `rows`), else None."""
         if self.mix is None:
             return None
-        bias = None if self.mix.after_bias is None else self.mix.after_bias.to(weights.dtype)
+        before, after, constant = self.mix
+        wide = Mix(before, after.to(weights.dtype), None if constant is None else constant.to(weights.dtype))
+        bias = None if self.bias is None else pick(self.bias, None, rows)
         with torch.autocast(weights.device.type, enabled=False):
-            return mix_heads(weights, self.mix.after.to(weights.dtype), bias)
+            return mix_weights(weights, wide, bias)
 
     def apply(self, weights: Tensor, mixed: Tensor | None) -> Any:
         """What the caller gets if the values are weighed by these very tensors."""
@@ -88,8 +96,25 @@ def _of_attend(
     **rest: Any,
 ) -> Call:
     del rest["kernel"]
-    bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
-    return Call(q, k, v, lambda out, weights: out[:, :, :rows], _with_causal(bias, causal, q, k), **rest)
+    bias = with_causal(_four(bias), causal, q, k)
+    return Call(q, k, v, lambda out, weights: out[:, :, :rows], bias, **rest)
+
+
+def _four(bias: Tensor | None) -> Tensor | None:
+    """A bias with all four dimensions."""
+    return None if bias is None else bias[(None,) * (4 - bias.ndim)]
+
+
+def _of_topk(batch: int | None, q: Tensor, k: Tensor, v: Tensor, *, top: int, bias: Tensor | None, **rest: Any) -> Call:
+    weigh = partial(topk_weights, top=top)
+    return Call(q, k, v, lambda out, weights: out, _four(bias), weigh=weigh, **rest)
+
+
+def _of_linear(batch: int | None, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, **rest: Any) -> Call:
+    def weigh(q: Tensor, k: Tensor, *, bias: Tensor | None, scale: float | None) -> Tensor:
+        return linear_weights(q, k, bias=bias)
+
+    return Call(q, k, v, lambda out, weights: out, _four(bias), weigh=weigh, **rest)
 
 
 def _of_sdpa(
@@ -109,20 +134,13 @@ def _of_sdpa(
     if attn_mask is not None:
         mask = additive(attn_mask, query.dtype)
         bias = fold(mask.expand(*query.shape[:-2], *mask.shape[-2:]), batch)
-    bias = _with_causal(bias, is_causal, q, k)
+    bias = with_causal(bias, is_causal, q, k)
     shape = (*query.shape[:-1], value.shape[-1])
     return Call(q, k, v, lambda out, weights: out.reshape(shape), bias, scale, dropout_p)
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=-3)
-
-
-def _with_causal(bias: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
-    if not causal:
-        return bias
-    later = causal_bias(q, k)[None, None]
-    return later if bias is None else bias + later
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,6 +226,8 @@ def _shown(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 CALLS: dict[Callable[..., Any], Callable[..., Call]] = {
     attend: _of_attend,
+    attend_topk: _of_topk,
+    attend_linear: _of_linear,
     F.scaled_dot_product_attention: _of_sdpa,
     F.multi_head_attention_forward: _of_mha,
 }

@@ -5,8 +5,9 @@
     record.maps[0].weights                                     # (B, H, Q, K), layer 1
 
 A `TorchFunctionMode` stands between the model and torch for as long as the `with` lasts. It knows four ways to attend:
-our `attend`, `F.scaled_dot_product_attention`, `F.multi_head_attention_forward`, and a softmax whose result is then the
-left operand of a matmul. What one of them does inside is not seen again, so each attention counts once.
+our `attend` (and `attend_topk`, `attend_linear`), `F.scaled_dot_product_attention`, `F.multi_head_attention_forward`,
+and a softmax whose result is then the left operand of a matmul. What one of them does inside is not seen again, so each
+attention counts once.
 
 Between a softmax and its matmul it follows copies, reshaping, dropout, products, and the three ways to mix heads named
 at `MIXING`. A product with a tensor (a mask of heads, dropout by hand) is the `effective` map. Two limits: a product
@@ -67,7 +68,7 @@ class AttentionMap:
     """What one attention layer weighed the values with, for the heads and queries that were asked for."""
 
     weights: Tensor
-    """(B, H, Q, K) softmax, before dropout, at least fp32: rows sum to 1"""
+    """(B, H, Q, K) softmax, or the kernel matrix of linear attention, before dropout, at least fp32: rows sum to 1"""
     layout: Layout | None
     """which image cells all the rows and columns stand for; None where that is unknown"""
     layer: int
@@ -243,7 +244,7 @@ class _Recorder(TorchFunctionMode):
             return call.apply(weights, mixed)
         with torch.no_grad():
             weights = call.softmax(part.folded, part.rows)
-            self._keep(weights, call.mixed(weights), part)
+            self._keep(weights, call.mixed(weights, part.rows), part)
         return func(*args, **kwargs)
 
     def _other(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from vitrail.layers.linear import Linear
+from vitrail.layers.talking import Mix, attend_in_parts, may_overwrite, mix_heads, mix_weights
 
 Kernel = Literal["auto", "fused", "eager"]
 EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys,
@@ -49,20 +50,6 @@ class Layout:
     """the coarser grid that keys lie on where they were reduced; None: `grid`"""
     readout: tuple[int, ...] | None = None
     """the rows that the head reads: (0,) the class token, () the mean of the image tokens; None: not known"""
-
-
-class Mix(NamedTuple):
-    """Talking heads (Shazeer et al. 2020): heads are mixed before and after the softmax.
-
-    A bias before the softmax is left out: it adds one number to a whole row, which the softmax removes.
-    """
-
-    before: Tensor
-    """(H, H), rows are outputs"""
-    after: Tensor
-    """(H, H)"""
-    after_bias: Tensor | None = None
-    """(H,)"""
 
 
 def attend(
@@ -96,10 +83,12 @@ def attend(
     if rows is not None:
         q = q[:, :, :rows]
         bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :rows, :]
+    if bias is not None or mix is not None:  # SDPA takes a bias or `causal`
+        bias, causal = with_causal(bias, causal, q, k), False
     if mix is None and _fused(kernel, q, k, bias):
-        if causal and bias is not None:  # SDPA takes one or the other
-            bias, causal = bias + causal_bias(q, k), False
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale)
+    if mix is not None and not dropout and may_overwrite(q, k, v, *mix):
+        return attend_in_parts(q, k, v, mix, q.shape[-1] ** -0.5 if scale is None else scale, bias)
     weights = attention_weights(q, k, bias=bias, scale=scale, causal=causal, mix=mix)
     weights = F.dropout(weights, dropout) if dropout else weights
     return weights.to(v.dtype) @ v
@@ -115,26 +104,27 @@ def attention_weights(
     mix: Mix | None = None,
 ) -> Tensor:
     """The matrix that weighs the values, (B, H, Q, N). Rows sum to 1 unless `mix` is given."""
+    scores = attention_scores(q, k, scale)
+    scores = scores if mix is None else mix_heads(scores, mix.before)
+    bias = with_causal(bias, causal, q, k)
+    weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+    return weights if mix is None else mix_weights(weights, mix, bias)
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """q kᵀ · scale (B, H, Q, N); the scale is D^-0.5 where none is given."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pairs = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)  # (B·H, Q, D), (B·H, D, N)
     scores = torch.baddbmm(q.new_zeros(()), *pairs, beta=0, alpha=scale)
-    scores = scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    scores = scores if mix is None else mix_heads(scores, mix.before)
-    scores = scores if bias is None else scores + bias
-    scores = scores + causal_bias(q, k) if causal else scores
-    weights = scores.softmax(dim=-1)
-    return weights if mix is None else mix_heads(weights, mix.after, mix.after_bias)
+    return scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
-def mix_heads(maps: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, H, Q, N) -> (B, H, Q, N): every output head is a weighted sum of all heads, as one matmul."""
-    mixed = (matrix @ maps.flatten(2)).view_as(maps)  # (H, H) @ (B, H, Q·N)
-    return mixed if bias is None else mixed + bias[:, None, None]
-
-
-def causal_bias(q: Tensor, k: Tensor) -> Tensor:
-    """(Q, N): 0 where a key stands no later than the query, -inf elsewhere."""
-    return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+def with_causal(bias: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias of the scores; where `causal`, with -inf on every key that stands after the query: (1, 1, Q, N)."""
+    if not causal:
+        return bias
+    later = q.new_full((1, 1, q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+    return later if bias is None else bias + later
 
 
 def _fused(kernel: Kernel, q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
@@ -194,8 +184,12 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn, rows=rows)
+        x = attend(q, k, v, bias=bias, dropout=dropout, mix=self.mix(), layout=layout, kernel=self.attn, rows=rows)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N or rows, C)
+
+    def mix(self) -> Mix | None:
+        """How heads talk, for layers whose heads do."""
+        return None
 
 
 def _nearest_divisor(dim: int, heads: int) -> int:

@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 def run_block(
-    block: nn.Module,
+    block: Callable[..., Tensor],
     x: Tensor,
     *,
     checkpointing: bool,

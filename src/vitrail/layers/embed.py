@@ -86,9 +86,9 @@ class PatchEmbed(nn.Module):
         return F.max_pool2d(seen[:, None], self.patch_size).flatten(1) == 0
 
 
-def check_mask(images: Tensor, mask: Tensor) -> None:
-    """Raises `ValueError` unless a mask of padded pixels is (B, H, W), as its images are."""
-    if mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
+def check_mask(mask: Tensor | None, images: Tensor) -> None:
+    """Raises `ValueError` unless a mask of padded pixels is (B, H, W), as its images (B, C, H, W) are."""
+    if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
         raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
 
 

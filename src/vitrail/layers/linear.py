@@ -58,13 +58,13 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
     fitting = x.shape[-1] == weight.shape[-1] and len({t.dtype for t in tensors}) == 1
-    if not fitting or {t.device.type for t in tensors} != {"cpu"} or _PLAIN.get() or _is_traced(*tensors):
+    if not fitting or {t.device.type for t in tensors} != {"cpu"} or _PLAIN.get() or is_traced(*tensors):
         return False
     free = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return bool(free) and _is_fast(x.dtype, torch.get_num_threads())
 
 
-def _is_traced(*tensors: Tensor) -> bool:
+def is_traced(*tensors: Tensor) -> bool:
     """Whether somebody reads along: a tensor's own class, a counter, `torch.func`, forward-mode gradients."""
     own = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
     derived = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

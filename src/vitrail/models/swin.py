@@ -272,8 +272,8 @@ class SwinTransformer(Backbone):
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> tokens (B, h·w, C) in raster order; pixels marked in `mask` (B, H, W) are zero."""
         padding = None
+        check_mask(mask, images)
         if mask is not None:
-            check_mask(images, mask)
             images, padding = images.masked_fill(mask[:, None], 0), self.patch_embed.padding(mask)
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         return Tokens(self.patch_embed(images), None, grid, 0, padding)

@@ -194,8 +194,7 @@ class VisionTransformer(Backbone):
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding."""
-        if mask is not None:
-            check_mask(images, mask)
+        check_mask(mask, images)
         patches = self.patch_embed(images)
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]

@@ -145,7 +145,7 @@ BUILDERS: Mapping[str, Callable[[str], Peer | None]] = {
     "transformers": _transformers,
 }
 STATES: Mapping[str, Mapping[str, str]] = {
-    "timm": {"vit": r"blocks\.\d+"},
+    "timm": {"vit": r"blocks\.\d+", "cait": r"blocks\.\d+"},
     "torchvision": {"vit": r"encoder\.layers\.encoder_layer_\d+", "resnet": r"layer\d"},
     "transformers": {"vit": r"vit\.layers\.\d+"},
 }

@@ -69,6 +69,16 @@ ON_THE_HUB = (
     _hub("vit_large_patch32_384", "orig_in21k_ft_in1k", HALF, 384, 1.0, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "orig_in21k", HALF, 224, 0.9, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "mae", IMAGENET, 224, 0.9, "bicubic", "cc-by-nc-4.0"),
+    _hub("cait_xxs24_224", "fb_dist_in1k", IMAGENET, 224, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_xxs24_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_xxs36_224", "fb_dist_in1k", IMAGENET, 224, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_xxs36_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_xs24_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_s24_224", "fb_dist_in1k", IMAGENET, 224, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_s24_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_s36_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_m36_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
+    _hub("cait_m48_448", "fb_dist_in1k", IMAGENET, 448, 1.0, "bicubic", "apache-2.0"),
 )
 """timm's files, by timm's names"""
 ELSEWHERE = (
@@ -98,6 +108,16 @@ ELSEWHERE = (
     _url("vit_small_patch32_384", "google_augreg_in21k_ft_in1k", "https://storage.googleapis.com/vit_models/augreg/S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz", HALF, 384, 1.0, "bicubic", "apache-2.0", "google"),
     _url("vit_tiny_patch16_224", "google_augreg_in21k_ft_in1k", "https://storage.googleapis.com/vit_models/augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.npz", HALF, 224, 0.9, "bicubic", "apache-2.0", "google"),
     _url("vit_tiny_patch16_384", "google_augreg_in21k_ft_in1k", "https://storage.googleapis.com/vit_models/augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz", HALF, 384, 1.0, "bicubic", "apache-2.0", "google"),
+    _url("cait_xxs24_224", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/XXS24_224.pth", IMAGENET, 224, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_xxs24_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/XXS24_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_xxs36_224", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/XXS36_224.pth", IMAGENET, 224, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_xxs36_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/XXS36_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_xs24_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/XS24_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_s24_224", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/S24_224.pth", IMAGENET, 224, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_s24_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/S24_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_s36_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/S36_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_m36_384", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/M36_384.pth", IMAGENET, 384, 1.0, "bicubic", "apache-2.0", "authors"),
+    _url("cait_m48_448", "authors_dist_in1k", "https://dl.fbaipublicfiles.com/deit/M48_448.pth", IMAGENET, 448, 1.0, "bicubic", "apache-2.0", "authors"),
 )
 """torchvision's and the authors' own files"""
 # fmt: on
