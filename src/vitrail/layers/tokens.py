@@ -42,6 +42,12 @@ def padding_bias(padding: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     return hidden[:, None, None]
 
 
+def as_map(x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+    """Image tokens (B, N, C) -> a map (B, C, h, w), a view in `channels_last` order; zero where `padding` (B, N)."""
+    x = x if padding is None else x.masked_fill(padding[..., None], 0)
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
 class AttentionPool(nn.Module):
     """One learned query attends over all tokens, then a residual MLP: (B, N, C) -> (B, C).
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cnn, swin, vit
+from vitrail.models import cnn, pvt, pvt_v2, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -31,6 +31,8 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),
+    "pvt": Family(pvt.PyramidVisionTransformer, pvt.PVTConfig, pvt.VARIANTS),
+    "pvt_v2": Family(pvt_v2.PyramidVisionTransformerV2, pvt_v2.PVTV2Config, pvt_v2.VARIANTS),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
