@@ -362,7 +362,7 @@ def test_attention_lies_where_its_pixels_lie(attending: Backbone) -> None:
             attending(image)
         layout = record.maps[0].layout
         query = (layout.grid[0] - 1, 0) if layout.readout == () and layout.windows == 1 else "class"
-        maps.append(attention_map(record.maps[0], query)[0])
+        maps.append(attention_map(record.maps[0], query=query)[0])
     moved = (maps[1] - maps[0]).abs()
     row, column = divmod(int(moved.argmax()), moved.shape[1])
     assert row < moved.shape[0] / 4 and column >= moved.shape[1] * 3 / 4

@@ -94,7 +94,7 @@ class PatchEmbed(nn.Module):
 
 
 class OverlapPatchEmbed(nn.Module):
-    """Patches that overlap, projected and normed (Wang et al. 2021, "PVT v2", section 3.2): (B, C_in, H, W) -> (B, N, C).
+    """Patches that overlap, projected and normed (Wang et al. 2022, PVT v2, section 3.2): (B, C_in, H, W) -> (B, N, C).
 
     A convolution whose kernel is wider than its stride and which pads with zeros by half its kernel, so that any size
     works: a cell stands for `stride` pixels a side, the last for what is left. Raises `ValueError` for a kernel that is

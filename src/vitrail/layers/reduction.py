@@ -11,7 +11,8 @@ so they can attend only where nothing is reduced.
 
 Padded cells are zeros to every convolution, and keys that stand for them are hidden.
 
-Legend: `B` batch, `P` prefix tokens, `N` image tokens, `C` width, `H` heads, `D` head width, `h`, `w` grid, `'` reduced.
+Legend: `B` batch, `P` prefix tokens, `N` image tokens, `C` width, `H` heads, `D` head width, `h`, `w` grid, `'`
+reduced.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import as_map, padding_bias
 
 POOLED = 7
-"""cells a side that linear reduction leaves (Wang et al. 2021, PVT v2, section 3.1)"""
+"""cells a side that linear reduction leaves (Wang et al. 2022, PVT v2, section 3.1)"""
 
 
 class Reduced(NamedTuple):

@@ -115,7 +115,7 @@ class PVTConfig:
 # fmt: off
 VARIANTS: dict[str, PVTConfig] = {
     "pvt_debug": PVTConfig(img_size=32, patch_size=2, num_classes=10, embed_dims=(8, 16, 24, 64), depths=(1, 1, 1, 2),
-                           num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 2, 2)),
+                           num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 2, 2), sr_ratios=(4, 2, 2, 1)),
     "pvt_tiny":    PVTConfig(depths=(2, 2,  2, 2)),
     "pvt_small":   PVTConfig(depths=(3, 4,  6, 3)),
     "pvt_medium":  PVTConfig(depths=(3, 4, 18, 3)),

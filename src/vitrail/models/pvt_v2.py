@@ -105,7 +105,8 @@ WIDE = (64, 128, 320, 512)
 # fmt: off
 VARIANTS: dict[str, PVTV2Config] = {
     "pvt_v2_debug": PVTV2Config(img_size=32, patch_size=3, stride=2, num_classes=10, embed_dims=(8, 16, 24, 32),
-                                depths=(1, 1, 1, 2), num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 2, 2)),
+                                depths=(1, 1, 1, 2), num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 2, 2),
+                                sr_ratios=(4, 2, 2, 1)),
     "pvt_v2_b0":    PVTV2Config(),
     "pvt_v2_b1":    PVTV2Config(embed_dims=WIDE),
     "pvt_v2_b2":    PVTV2Config(embed_dims=WIDE, depths=(3, 4,  6, 3)),
@@ -128,15 +129,16 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, *, relu: bool = False, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.relu = nn.ReLU() if relu else nn.Identity()
+        self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = nn.GELU()
         self.drop = nn.Dropout(drop)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
-        x = as_map(self.relu(self.fc1(x)), grid, padding)  # (B, hidden, h, w)
-        x = self.act(self.dwconv(x).flatten(2).transpose(1, 2))  # (B, N, hidden)
+        x = self.relu(self.fc1(x))  # (B, N, hidden)
+        x = self.dwconv(as_map(x, grid, padding))  # (B, hidden, h, w); the largest tensors: each is given up for the next
+        x = self.act(x.flatten(2).transpose(1, 2))  # (B, N, hidden)
         return self.drop(self.fc2(self.drop(x)))
 
 
