@@ -70,8 +70,10 @@ class ReducedAttention(nn.Module):
         """The tokens (B, P + N, C) that keys and values are made of."""
         return Reduced(x, grid, padding)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
-        """Tokens of a map of h x w cells, `padding` (B, N) true where a cell is padded."""
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None, rows: int | None = None
+    ) -> Tensor:
+        """Tokens of a map of h x w cells, `padding` (B, N) true where padded; only the first `rows` are answered."""
         prefix = x.shape[1] - grid[0] * grid[1]
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, P + N, D)
         keys = self.reduce(x, grid, padding)
@@ -82,8 +84,8 @@ class ReducedAttention(nn.Module):
             readout=(0,) if prefix else (),
         )  # fmt: skip
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = attend(q, k, v, bias=bias, dropout=dropout, layout=layout, kernel=self.attn, rows=rows)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, P + N or rows, C)
 
 
 class SpatialReductionAttention(ReducedAttention):

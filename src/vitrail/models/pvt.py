@@ -28,11 +28,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers import embed
 from vitrail.layers.attention import Kernel
-from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates
+from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates, is_hooked, run_layer
 from vitrail.layers.embed import Size, check_channels, check_divides, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
@@ -138,7 +137,7 @@ class PatchEmbed(embed.PatchEmbed):
 
 
 class Block(nn.Module):
-    """One pre-norm layer with reduced keys: tokens (B, P + N, C) of a grid -> (B, P + N, C)."""
+    """One pre-norm layer with reduced keys: tokens (B, P + N, C) of a grid -> (B, P + N, C), or the first `rows`."""
 
     def __init__(self, config: PVTConfig, stage: int, drop_path: float) -> None:
         super().__init__()
@@ -150,8 +149,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * c.mlp_ratios[stage]), drop=c.proj_drop_rate)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), grid, padding))
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None, rows: int | None = None
+    ) -> Tensor:
+        x = x[:, :rows] + self.drop_path1(self.attn(self.norm1(x), grid, padding, rows))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
@@ -216,23 +217,28 @@ class PyramidVisionTransformer(Backbone):
         """The class token stands in the last stage alone."""
         return int(stage == len(self.config.depths) - 1)
 
-    def _through(self, images: Tensor, mask: Tensor | None, stages: int) -> list[Tokens]:
-        """images (B, C_in, H, W) -> the tokens after each of the first `stages` stages."""
-        check_channels(images, self.config.in_chans)
-        check_mask(mask, images)
-        height, width = images.shape[-2:]
-        below, right = (whole - side for whole, side in zip(self._whole(height, width), (height, width), strict=True))
-        x = images if mask is None else images.masked_fill(mask[:, None], 0)
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-            mask = None if mask is None else F.pad(mask, (0, right, 0, below), value=True)
+    def _through(self, images: Tensor, mask: Tensor | None, stages: int, rows: int | None = None) -> list[Tokens]:
+        """images (B, C_in, H, W) -> the tokens after each of the first `stages` stages, of the last of all `rows`."""
+        x, mask = self._prepared(images, mask)
         found: list[Tokens] = []
         for stage in range(stages):
-            found.append(tokens := self._stage(stage, x, mask))
-            x, mask = tokens.on_grid()
+            if found:
+                x, mask = found[-1].on_grid()
+            found.append(self._stage(stage, x, mask, rows if self._prefix(stage) else None))
         return found
 
-    def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Tokens:
+    def _prepared(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Images and mask of a size that divides, zero where padded."""
+        check_channels(images, self.config.in_chans)
+        check_mask(mask, images)
+        height, width = self._whole(images.shape[-2], images.shape[-1])
+        images = images if mask is None else images.masked_fill(mask[:, None], 0)
+        edges = (0, width - images.shape[-1], 0, height - images.shape[-2])
+        if any(edges):
+            images, mask = F.pad(images, edges), None if mask is None else F.pad(mask, edges, value=True)
+        return images, mask
+
+    def _stage(self, stage: int, x: Tensor, mask: Tensor | None, rows: int | None) -> Tokens:
         """A map (B, C_in, H, W), `mask` (B, H, W) true where padded -> the tokens after this stage's blocks."""
         patches = cast(PatchEmbed, self.get_submodule(f"patch_embed{stage + 1}"))
         grid, prefix = patches.grid(x.shape[-2], x.shape[-1]), self._prefix(stage)
@@ -241,10 +247,14 @@ class PyramidVisionTransformer(Backbone):
         if prefix:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x + self.positions(stage, grid))
-        saving = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in cast(nn.ModuleList, self.get_submodule(f"block{stage + 1}")):
-            x = checkpoint(block, x, grid, padding, use_reentrant=False) if saving else block(x, grid, padding)
+        stack = self._blocks(stage)
+        for block in stack:
+            asked = (rows,) if rows and block is stack[-1] else ()
+            x = run_layer(block, x, grid, padding, *asked, checkpointing=self.grad_checkpointing)
         return Tokens(x, None, grid, prefix, padding)
+
+    def _blocks(self, stage: int) -> list[nn.Module]:
+        return list(cast(nn.ModuleList, self.get_submodule(f"block{stage + 1}")))
 
     def positions(self, stage: int, grid: tuple[int, int]) -> Tensor:
         """(1, P + N, C) of a stage, from 0, for this grid."""
@@ -255,6 +265,20 @@ class PyramidVisionTransformer(Backbone):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> the last stage's Tokens, x (B, 1 + N, C) normed."""
         tokens = self._through(images, mask, len(self.config.depths))[-1]
+        return tokens._replace(x=self.norm(tokens.x))
+
+    def _read(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+        """The last block makes the class token alone, all that the head reads, where no hook looks at the rest.
+
+        Not where dropout would draw otherwise in training, nor in classes made of this one, which say it themselves.
+        """
+        c, stages = self.config, len(self.config.depths)
+        last = self._blocks(stages - 1)[-1]
+        dropping = self.training and (c.proj_drop_rate or c.attn_drop_rate)
+        known = type(self) is PyramidVisionTransformer and type(last) is Block and type(last.attn) is ReducedAttention
+        if dropping or not known or is_hooked(last, self.norm):
+            return self.forward_features(images, mask)
+        tokens = self._through(images, mask, stages, rows=1)[-1]
         return tokens._replace(x=self.norm(tokens.x))
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:

@@ -26,10 +26,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Kernel
-from vitrail.layers.blocks import DropPath, drop_path_rates
+from vitrail.layers.blocks import DropPath, drop_path_rates, run_layer
 from vitrail.layers.embed import OverlapPatchEmbed, Size, check_mask, pair
 from vitrail.layers.init import init_leaf
 from vitrail.layers.linear import Linear
@@ -137,7 +136,9 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         x = self.relu(self.fc1(x))  # (B, N, hidden)
-        x = self.dwconv(as_map(x, grid, padding))  # (B, hidden, h, w); the largest tensors: each is given up for the next
+        x = self.dwconv(
+            as_map(x, grid, padding)
+        )  # (B, hidden, h, w); the largest tensors: each is given up for the next
         x = self.act(x.flatten(2).transpose(1, 2))  # (B, N, hidden)
         return self.drop(self.fc2(self.drop(x)))
 
@@ -187,9 +188,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
         """Patches (B, N, C) -> tokens (B, N, C) after the blocks, not normed."""
-        saving = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, grid, padding, use_reentrant=False) if saving else block(x, grid, padding)
+            x = run_layer(block, x, grid, padding, checkpointing=self.grad_checkpointing)
         return x
 
 
