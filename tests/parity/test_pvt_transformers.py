@@ -32,7 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 THEIRS = {
     "img_size": "image_size", "embed_dims": "hidden_sizes", "num_heads": "num_attention_heads",
-    "in_chans": "num_channels", "num_classes": "num_labels", "sr_ratios": "sequence_reduction_ratios", "norm_eps": "layer_norm_eps",
+    "in_chans": "num_channels", "num_classes": "num_labels", "norm_eps": "layer_norm_eps",
+    "sr_ratios": "sequence_reduction_ratios",
 }  # fmt: skip
 
 

@@ -304,20 +304,25 @@ class PyramidVisionTransformerV2(Backbone):
     def layer_groups(self) -> list[list[str]]:
         """The first patches, each block (the first of a stage with its patches, the last with its norm), then the head.
 
-        The last norm of all stands with the head.
+        The norm of the last stage stands with the head.
         """
-        depths = self.config.depths
-        groups: list[list[str]] = [[] for _ in range(sum(depths) + 2)]
+        ends = [sum(self.config.depths[: stage + 1]) for stage in range(len(self.config.depths))]
+        groups: list[list[str]] = [[] for _ in range(ends[-1] + 2)]
         for name, _ in self.named_parameters():
-            part, *rest = name.split(".")
-            if part == "stages":
-                first, depth = 1 + sum(depths[: int(rest[0])]), depths[int(rest[0])]
-                at = {"downsample": first, "norm": first + depth - 1}
-                groups[int(rest[2]) + first if rest[1] == "blocks" else at[rest[1]]].append(name)
-            else:
-                groups[0 if part == "patch_embed" else -1].append(name)
+            groups[_depth(name, self.config.depths, ends)].append(name)
         return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
             cast(Stage, stage).grad_checkpointing = enable
+
+
+def _depth(name: str, depths: Sequence[int], ends: Sequence[int]) -> int:
+    """Where a parameter stands in `layer_groups`; `ends` are the depths of the stages' last blocks."""
+    if not name.startswith("stages."):
+        return 0 if name.startswith("patch_embed.") else -1
+    _, number, part, block, *_ = name.split(".")
+    stage = int(number)
+    if part == "norm":
+        return ends[stage] if stage < len(ends) - 1 else -1
+    return ends[stage] - depths[stage] + 1 + (int(block) if part == "blocks" else 0)
