@@ -76,7 +76,8 @@ def build_from_config(family: str, config: Mapping[str, Any], variant: str = "")
 def resolve_name(name: str, img_size: int = 224) -> str:
     """The row that `name` means for images of this many pixels: `vit_base` is `vit_base_patch4_32` at 32 pixels.
 
-    A full name is itself. A short name takes the row whose native size is nearest by ratio, the first of equals.
+    A full name is itself, at any size: others publish weights for `pvt_v2_b0`, which `pvt_v2_b0_32` could not hold. A
+    short name takes the row whose native size is nearest by ratio, the first of equals.
     """
     name = next((f.aliases[name] for f in FAMILIES.values() if name in f.aliases), name)
     if name in ROWS:

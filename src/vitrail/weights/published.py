@@ -69,6 +69,13 @@ ON_THE_HUB = (
     _hub("vit_large_patch32_384", "orig_in21k_ft_in1k", HALF, 384, 1.0, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "orig_in21k", HALF, 224, 0.9, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "mae", IMAGENET, 224, 0.9, "bicubic", "cc-by-nc-4.0"),
+    _hub("pvt_v2_b0", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b1", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b2", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b2_li", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b3", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b4", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b5", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
 )
 """timm's files, by timm's names"""
 ELSEWHERE = (
