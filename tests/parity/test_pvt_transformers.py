@@ -16,6 +16,7 @@ from vitrail.explain.record import record_attention
 from vitrail.models.pvt import PyramidVisionTransformer
 from vitrail.weights.keymaps.pvt import TRANSFORMERS
 from vitrail.weights.layouts import layout_of
+from vitrail.weights.load import create_model
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -122,3 +123,15 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     other = TRANSFORMERS.to_ours({name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
         assert (parameter.grad - other[name]).abs().max() <= 1e-4 * max(1.0, other[name].abs().max()), name
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers_answers_as_there_and_at_another_size_as_at_run_time(tmp_path: Path) -> None:
+    """Its one epsilon goes to all norms, and its tables are resized once as they are on every pass."""
+    theirs = transformers.PvtForImageClassification(transformers.PvtConfig(layer_norm_eps=1e-4)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (ours.variant, ours.config.norm_eps, ours.config.conv_norm_eps) == ("pvt_tiny", 1e-4, 1e-4)
+    close(ours(x := torch.randn(1, 3, 224, 224)), theirs(x).logits)
+    larger = create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=256).eval()
+    assert torch.equal(larger(x := torch.randn(1, 3, 256, 256)), ours(x))

@@ -13,6 +13,7 @@ from vitrail.explain.record import record_attention
 from vitrail.models.pvt_v2 import PyramidVisionTransformerV2
 from vitrail.weights.keymaps.pvt_v2 import TRANSFORMERS
 from vitrail.weights.layouts import layout_of
+from vitrail.weights.load import create_model
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -73,3 +74,12 @@ def test_logits_stages_and_recorded_attention_equal_transformers(
     assert len(record.maps) == len(others) == sum(OURS["depths"])
     for mine, other in zip(record.maps, others, strict=True):
         torch.testing.assert_close(mine.weights, other, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers_answers_as_there(tmp_path: Path) -> None:
+    theirs = transformers.PvtV2ForImageClassification(transformers.PvtV2Config(num_labels=11)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (ours.variant, ours.config.norm_eps, ours.config.conv_norm_eps) == ("pvt_v2_b0", 1e-6, 1e-6)
+    close(ours(x := torch.randn(1, 3, 96, 96)), theirs(x).logits)
