@@ -134,4 +134,5 @@ def test_a_folder_of_transformers_answers_as_there_and_at_another_size_as_at_run
     assert (ours.variant, ours.config.norm_eps, ours.config.conv_norm_eps) == ("pvt_tiny", 1e-4, 1e-4)
     close(ours(x := torch.randn(1, 3, 224, 224)), theirs(x).logits)
     larger = create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=256).eval()
-    assert torch.equal(larger(x := torch.randn(1, 3, 256, 256)), ours(x))
+    x = torch.randn(1, 3, 256, 256)
+    assert torch.equal(larger(x), ours(x))
