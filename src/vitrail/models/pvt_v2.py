@@ -135,10 +135,9 @@ class ConvMlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
-        x = self.relu(self.fc1(x))  # (B, N, hidden)
-        x = self.dwconv(
-            as_map(x, grid, padding)
-        )  # (B, hidden, h, w); the largest tensors: each is given up for the next
+        x = self.relu(self.fc1(x))  # (B, N, hidden): the largest tensors, so each is given up for the next
+        x = as_map(x, grid, padding)  # (B, hidden, h, w)
+        x = self.dwconv(x)
         x = self.act(x.flatten(2).transpose(1, 2))  # (B, N, hidden)
         return self.drop(self.fc2(self.drop(x)))
 
