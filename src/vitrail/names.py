@@ -25,6 +25,7 @@ MODEL_SPELLINGS = {
     "hidden_size": "embed_dim",
     "hidden_dim": "embed_dim",
     "width": "embed_dim",
+    "hidden_sizes": "embed_dims",
     "num_hidden_layers": "depth",
     "num_layers": "depth",
     "n_layers": "depth",
@@ -41,6 +42,8 @@ MODEL_SPELLINGS = {
     "pool_type": "global_pool",
     "cls_token": "class_token",
     "num_registers": "reg_tokens",
+    "sequence_reduction_ratios": "sr_ratios",
+    "linear_attention": "linear",
 }
 TRAIN_SPELLINGS = {
     "learning_rate": "lr",

@@ -25,12 +25,16 @@ PUBLISHED = {
     "vit": "vit_tiny_patch16_224",
     "swin": "swin_tiny_patch4_window7_224",
     "cait": "cait_xxs24_224",
+    "pvt": "pvt_tiny",
+    "pvt_v2": "pvt_v2_b0",
     "resnet": "resnet18_32",
 }
 ATTENTIONS: dict[str, Callable[[Any], int]] = {
     "vit": lambda c: c.depth,
     "swin": lambda c: sum(c.depths),
     "cait": lambda c: c.depth + c.depth_token_only,
+    "pvt": lambda c: sum(c.depths),
+    "pvt_v2": lambda c: sum(c.depths),
 }
 """how often a forward of a family's config attends"""
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
@@ -362,14 +366,19 @@ def test_attention_of_every_block_is_recorded(attending: Backbone, factor: float
 
 @torch.no_grad()
 def test_attention_lies_where_its_pixels_lie(attending: Backbone) -> None:
-    """The first layer's class query knows no pixel: what changes in its map lies where the image changed."""
+    """A query that knows no changed pixel: what changes in its map lies where the image changed.
+
+    Such are the first layer's class token, and, where the mean is read, the cell in the opposite corner.
+    """
     x = images(attending, batch=1)
     changed, maps = x.clone(), []
     changed[..., :4, -4:] += 10
     for image in (x, changed):
         with record_attention(layers=[1]) as record:
             attending(image)
-        maps.append(attention_map(record.maps[0])[0])
+        layout = record.maps[0].layout
+        query = (layout.grid[0] - 1, 0) if layout.readout == () and layout.windows == 1 else "class"
+        maps.append(attention_map(record.maps[0], query=query)[0])
     moved = (maps[1] - maps[0]).abs()
     row, column = divmod(int(moved.argmax()), moved.shape[1])
     assert row < moved.shape[0] / 4 and column >= moved.shape[1] * 3 / 4

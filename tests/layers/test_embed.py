@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vitrail.layers.embed import PatchEmbed, PatchLinear, pair, resize_positions, sincos_2d
+from vitrail.layers.embed import OverlapPatchEmbed, PatchEmbed, PatchLinear, pair, resize_positions, sincos_2d
 
 
 def test_pair() -> None:
@@ -170,3 +171,47 @@ def test_resizing_keeps_the_dtype_and_passes_gradients() -> None:
     assert found.dtype == torch.bfloat16
     found.sum().backward()
     assert pos.grad.norm() > 0
+
+
+# ---- patches that overlap
+
+
+@pytest.mark.parametrize("size", [(32, 32), (29, 35), (3, 1)])
+@torch.no_grad()
+def test_overlapping_patches_are_the_normed_convolution_and_round_up(size: tuple[int, int]) -> None:
+    embed, x = OverlapPatchEmbed(7, 4, 3, 8), torch.randn(2, 3, *size)
+    tokens = embed(x)
+    assert tokens.shape == (2, -(-size[0] // 4) * -(-size[1] // 4), 8)
+    assert embed.grid(*size) == (-(-size[0] // 4), -(-size[1] // 4))
+    middle = embed.norm(embed.proj.weight.flatten(1) @ F.pad(x, (3, 3, 3, 3))[0, :, :7, :7].flatten() + embed.proj.bias)
+    torch.testing.assert_close(tokens[0, 0], middle, rtol=0, atol=1e-5)
+
+
+def test_an_overlapping_patch_is_padded_where_its_own_cell_is() -> None:
+    """A cell is the stride's pixels, not the kernel's: the last of 10 columns at stride 4 has two."""
+    mask = torch.zeros(3, 10, 10, dtype=torch.bool)
+    mask[0, :, 8:] = mask[1, :, 9:] = mask[2, 4:] = True
+    found = OverlapPatchEmbed(7, 4, 3, 8).padding(mask).view(3, 3, 3)
+    assert found.any(1).tolist() == [[False, False, True], [False] * 3, [True] * 3]
+    assert found.all(1).tolist() == [[False, False, True], [False] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize(("patch", "stride", "least"), [(4, 2, 3), (3, 3, 5), (3, 4, 5)])
+def test_overlapping_patches_are_odd_and_wider_than_their_stride(patch: int, stride: int, least: int) -> None:
+    message = f"patch_size must be odd and larger than stride {stride}; got {patch}: use {least} or more"
+    with pytest.raises(ValueError, match=message):
+        OverlapPatchEmbed(patch, stride)
+
+
+def test_overlapping_patches_refuse_other_channels() -> None:
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\); got shape \(1, 4, 8, 8\)"):
+        OverlapPatchEmbed(3, 2)(torch.zeros(1, 4, 8, 8))
+
+
+@torch.no_grad()
+def test_bilinear_positions_are_those_of_interpolate_without_antialiasing() -> None:
+    pos = torch.randn(1, 2 + 16, 3)
+    image = F.interpolate(pos[:, 2:].transpose(1, 2).unflatten(2, (4, 4)), size=(2, 6), mode="bilinear")
+    found = resize_positions(pos, (4, 4), (2, 6), 2, filter="bilinear")
+    assert torch.equal(found[:, 2:], image.flatten(2).transpose(1, 2)) and torch.equal(found[:, :2], pos[:, :2])
+    assert not torch.allclose(found, resize_positions(pos, (4, 4), (2, 6), 2), atol=1e-2)

@@ -38,6 +38,10 @@ RESOLVED = [
     ("vit_large", 32, "vit_large_patch16_224"),
     ("vit_huge", 518, "vit_huge_patch14_224"),
     ("vit_nano", 224, "vit_nano_patch8_64"),
+    ("pvt_v2_b0", 32, "pvt_v2_b0"),  # a full name, though that of `pvt_v2_b0_32` without its size
+    ("pvt_v2_b0_32", 224, "pvt_v2_b0_32"),
+    ("pvt_tiny", 32, "pvt_tiny"),
+    ("pvt_tiny_32", 224, "pvt_tiny_32"),
 ]
 
 

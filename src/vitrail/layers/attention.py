@@ -160,14 +160,7 @@ class Attention(nn.Module):
         attn: Kernel = "auto",
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            width = num_heads * max(1, round(dim / num_heads))
-            raise ValueError(
-                f"embed_dim {dim} is not divisible by num_heads {num_heads}: "
-                f"use {_nearest_divisor(dim, num_heads)} heads or a width of {width}"
-            )
-        if attn not in ("auto", "fused", "eager"):
-            raise ValueError(f"attn must be auto, fused or eager; got {attn!r}")
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn, self.attn_drop = num_heads, attn, attn_drop
         head_dim = dim // num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
@@ -190,6 +183,18 @@ class Attention(nn.Module):
     def mix(self) -> Mix | None:
         """How heads talk, for layers whose heads do."""
         return None
+
+
+def check_heads(dim: int, num_heads: int, attn: str) -> None:
+    """Raises `ValueError` if `dim` does not divide into `num_heads`, or there is no such kernel."""
+    if dim % num_heads:
+        width = num_heads * max(1, round(dim / num_heads))
+        raise ValueError(
+            f"embed_dim {dim} is not divisible by num_heads {num_heads}: "
+            f"use {_nearest_divisor(dim, num_heads)} heads or a width of {width}"
+        )
+    if attn not in ("auto", "fused", "eager"):
+        raise ValueError(f"attn must be auto, fused or eager; got {attn!r}")
 
 
 def _nearest_divisor(dim: int, heads: int) -> int:

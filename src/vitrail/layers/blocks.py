@@ -147,11 +147,15 @@ def run_block(
     layout: Layout | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """Runs a block; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016)."""
-    run = partial(block, bias=bias, layout=layout, **_asked(rows))
+    """Runs a block, as `run_layer` does."""
+    return run_layer(partial(block, bias=bias, layout=layout, **_asked(rows)), x, checkpointing=checkpointing)
+
+
+def run_layer(layer: Callable[..., Tensor], *args: Any, checkpointing: bool) -> Tensor:
+    """Runs a layer; with `checkpointing`, activations are computed again in the backward pass (Chen et al. 2016)."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(run, x, use_reentrant=False)
-    return run(x)
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 def _asked(rows: int | None) -> dict[str, Any]:

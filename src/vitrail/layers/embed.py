@@ -1,6 +1,7 @@
 """From pixels to tokens, and where the tokens stand.
 
     image (B, C_in, H, W) -> PatchEmbed -> (B, h·w, C)          h = H / patch, w = W / patch
+                          -> OverlapPatchEmbed -> (B, h·w, C)   h = H / stride, w = W / stride, rounded up
     positions: learned (a parameter of the model) or `sincos_2d`; `resize_positions` carries either to another grid
 
 Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` token grid, `N` = h·w, `P` prefix tokens, `C` width.
@@ -9,6 +10,7 @@ Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` token grid, `N` = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from vitrail.names import check_choice
 
 Size = int | tuple[int, int]
+Filter = Literal["bicubic", "bilinear"]
+"""how positions are resized: bicubic with antialiasing, or bilinear without"""
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -25,6 +29,15 @@ def pair(size: Size) -> tuple[int, int]:
     if not isinstance(parts, tuple | list) or len(parts) != 2 or not all(type(part) is int for part in parts):
         raise ValueError(f"a size is one whole number of pixels, or (height, width); got {size!r}")
     return parts[0], parts[1]
+
+
+def check_divides(size: tuple[int, int], parts: tuple[int, int], what: str) -> None:
+    """Raises `ValueError` where a height or width in pixels does not divide into `parts`, naming the next that do."""
+    for side, part in zip(size, parts, strict=True):
+        if side % part:
+            lower, upper = max(part, side // part * part), (side // part + 1) * part
+            mend = f"{lower} or {upper}" if lower < side else f"{upper}"
+            raise ValueError(f"img_size {side} is not divisible by {what} {part}: use {mend}, or dynamic_pad=True")
 
 
 class PatchEmbed(nn.Module):
@@ -60,18 +73,12 @@ class PatchEmbed(nn.Module):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of this size. Raises `ValueError` where it does not divide."""
-        for size, patch in zip((height, width), self.patch_size, strict=True):
-            if size % patch and not self.dynamic_pad:
-                lower, upper = max(patch, size // patch * patch), (size // patch + 1) * patch
-                mend = f"{lower} or {upper}" if lower < size else f"{upper}"
-                raise ValueError(
-                    f"img_size {size} is not divisible by patch_size {patch}: use {mend}, or dynamic_pad=True"
-                )
+        if not self.dynamic_pad:
+            check_divides((height, width), self.patch_size, "patch_size")
         return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W); got shape {tuple(images.shape)}")
+        check_channels(images, self.in_chans)
         height, width = images.shape[-2:]
         rows, columns = self.grid(height, width)
         below, right = rows * self.patch_size[0] - height, columns * self.patch_size[1] - width
@@ -84,6 +91,47 @@ class PatchEmbed(nn.Module):
         below, right = rows * self.patch_size[0] - mask.shape[-2], columns * self.patch_size[1] - mask.shape[-1]
         seen = F.pad(~mask.bool(), (0, right, 0, below)).float()
         return F.max_pool2d(seen[:, None], self.patch_size).flatten(1) == 0
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Patches that overlap, projected and normed (Wang et al. 2022, PVT v2, section 3.2): (B, C_in, H, W) -> (B, N, C).
+
+    A convolution whose kernel is wider than its stride and which pads with zeros by half its kernel, so that any size
+    works: a cell stands for `stride` pixels a side, the last for what is left. Raises `ValueError` for a kernel that is
+    even or no wider than the stride.
+    """
+
+    def __init__(
+        self, patch_size: int = 7, stride: int = 4, in_chans: int = 3, embed_dim: int = 768, *, norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if patch_size % 2 == 0 or patch_size <= stride:
+            least = stride + 1 + stride % 2
+            raise ValueError(
+                f"patch_size must be odd and larger than stride {stride}; got {patch_size}: use {least} or more"
+            )
+        self.stride, self.in_chans = stride, in_chans
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding=patch_size // 2)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of cells for an image of this size."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_channels(images, self.in_chans)
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))  # (B, N, C)
+
+    def padding(self, mask: Tensor) -> Tensor:
+        """Padded pixels (B, H, W) bool -> (B, N) bool: true where a cell stands for nothing but padding."""
+        seen = (~mask.bool()).float()[:, None]
+        return F.max_pool2d(seen, self.stride, ceil_mode=True).flatten(1) == 0
+
+
+def check_channels(images: Tensor, in_chans: int) -> None:
+    """Raises `ValueError` unless `images` are (B, in_chans, H, W)."""
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise ValueError(f"images must be (B, {in_chans}, H, W); got shape {tuple(images.shape)}")
 
 
 def check_mask(mask: Tensor | None, images: Tensor) -> None:
@@ -133,15 +181,17 @@ def _waves(angle: Tensor) -> tuple[Tensor, Tensor]:
     return angle.sin(), angle.cos()
 
 
-def resize_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
+def resize_positions(
+    pos: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0, *, filter: Filter = "bicubic"
+) -> Tensor:
     """Positions (1, P + N, C) of grid `old` at grid `new`; prefix rows stay. The same grid returns `pos` itself.
 
-    Bicubic with antialiasing (Dosovitskiy et al. 2021, section 3.2, interpolate; this filter is timm's).
+    "bicubic" is timm's, with antialiasing (Dosovitskiy et al. 2021, section 3.2, interpolate); "bilinear" is PVT's.
     """
     if old == new:
         return pos
     image = pos[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, C, h, w)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    image = F.interpolate(image, size=new, mode=filter, antialias=filter == "bicubic")
     return torch.cat([pos[:, :prefix], image.flatten(2).transpose(1, 2).to(pos.dtype)], dim=1)
 
 

@@ -42,6 +42,16 @@ def padding_bias(padding: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     return hidden[:, None, None]
 
 
+def as_map(x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+    """Image tokens (B, N, C) -> a map (B, C, h, w), a view of them; zero where `padding` (B, N) is true.
+
+    Cut into rows first and then turned, it has the strides of `channels_last` for one image too, which the fast
+    kernels of convolutions ask for: turned first, a batch of one would get others, and is many times as slow.
+    """
+    x = x if padding is None else x.masked_fill(padding[..., None], 0)
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
 class AttentionPool(nn.Module):
     """One learned query attends over all tokens, then a residual MLP: (B, N, C) -> (B, C).
 

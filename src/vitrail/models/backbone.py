@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrail import folder
-from vitrail.layers.embed import Size, pair
-from vitrail.layers.tokens import keep_tokens
+from vitrail.layers.embed import Filter, Size, pair
+from vitrail.layers.tokens import as_map, keep_tokens
 from vitrail.records import ModelCard, Preprocess
 
 LOG = logging.getLogger("vitrail")
@@ -70,6 +70,11 @@ class Tokens(NamedTuple):
         cells = torch.arange(self.padding.shape[1], device=self.padding.device) if self.cells is None else self.cells
         return cells.masked_fill(self.padding, -1)
 
+    def on_grid(self) -> tuple[Tensor, Tensor | None]:
+        """All cells as a map (B, C, h, w), zero where nothing but padding is, and where that is: (B, h, w) or None."""
+        padding = None if self.padding is None else self.padding.unflatten(1, self.grid)
+        return as_map(self.x[:, self.prefix :], self.grid, self.padding), padding
+
     def placed(self, drop: nn.Module) -> Tokens:
         """With their positions added, once, and dropout after that."""
         return self if self.pos is None else self._replace(x=drop(self.x + self.pos), pos=None)
@@ -104,6 +109,8 @@ class PositionTable(NamedTuple):
     """rows before those of the grid"""
     relative: bool = False
     """(2h - 1)(2w - 1) rows of offsets in a window, one column a head, in place of (1, prefix + h·w, C)"""
+    filter: Filter = "bicubic"
+    """how this family resizes it"""
 
 
 class Backbone(nn.Module, ABC):

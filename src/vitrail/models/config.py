@@ -53,6 +53,25 @@ def check_rates(config: Any) -> None:
             raise ValueError(f"{name} must lie in [0, 1); got {getattr(config, name)}")
 
 
+def check_stages(config: Any, *names: str) -> None:
+    """Makes tuples of `depths` and of the fields `names`, which hold one number a stage.
+
+    Raises `ValueError` where one is no list of numbers, whole ones but for `mlp_ratios`, or names other many stages.
+    """
+    for name in ("depths", *names):
+        value = getattr(config, name)
+        kinds = (int, float) if name == "mlp_ratios" else (int,)
+        if not isinstance(value, tuple | list) or not value or not all(type(number) in kinds for number in value):
+            raise ValueError(f"{name} must name a number for each stage, such as (2, 2, 6, 2); got {value!r}")
+        object.__setattr__(config, name, tuple(value))
+    for name in names:
+        if len(getattr(config, name)) != len(config.depths):
+            raise ValueError(
+                f"{name} must name a number for each of the {len(config.depths)} stages of depths {config.depths}; "
+                f"got {getattr(config, name)}"
+            )
+
+
 def _flat(value: Any) -> list[Any]:
     return [number for part in value for number in _flat(part)] if isinstance(value, tuple | list) else [value]
 
@@ -90,7 +109,7 @@ def _derived(given: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]
     elif kernel == "attn_implementation":
         given["attn"] = KERNELS.get(said := given.pop(kernel), said)
     hidden = _only(given, "mlp_dim", "intermediate_size", "mlp_ratio")
-    if hidden not in (None, "mlp_ratio"):
+    if hidden not in (None, "mlp_ratio") and "mlp_ratio" in values:
         widths = [value for word, value in given.items() if MODEL_SPELLINGS.get(word, word) == "embed_dim"]
         width = (widths or [values["embed_dim"]])[0]
         if not isinstance(width, int):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cait, cnn, swin, vit
+from vitrail.models import cait, cnn, pvt, pvt_v2, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -32,6 +32,8 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),
     "cait": Family(cait.CaiT, cait.CaiTConfig, cait.VARIANTS),
+    "pvt": Family(pvt.PyramidVisionTransformer, pvt.PVTConfig, pvt.VARIANTS),
+    "pvt_v2": Family(pvt_v2.PyramidVisionTransformerV2, pvt_v2.PVTV2Config, pvt_v2.VARIANTS),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
@@ -75,7 +77,8 @@ def build_from_config(family: str, config: Mapping[str, Any], variant: str = "")
 def resolve_name(name: str, img_size: int = 224) -> str:
     """The row that `name` means for images of this many pixels: `vit_base` is `vit_base_patch4_32` at 32 pixels.
 
-    A full name is itself. A short name takes the row whose native size is nearest by ratio, the first of equals.
+    A full name is itself, at any size: others publish weights for `pvt_v2_b0`, which `pvt_v2_b0_32` could not hold. A
+    short name takes the row whose native size is nearest by ratio, the first of equals.
     """
     name = next((f.aliases[name] for f in FAMILIES.values() if name in f.aliases), name)
     if name in ROWS:

@@ -46,9 +46,15 @@ def likeness(tensors: Mapping[str, Tensor]) -> list[Likeness]:
     found = []
     for family in _families(shapes):
         for row, config in FAMILIES[family].variants.items():
-            if max(_numbers(config.embed_dim)) in widths:
+            if _width(config) in widths:
                 found.append(_like(row, shapes))
     return sorted(found, key=lambda like: (-like.share, not like.exact))
+
+
+def _width(config: Any) -> int:
+    """The greatest width of a network: its one, or that of its widest stage."""
+    given = vars(config)
+    return max(_numbers(given["embed_dims"] if "embed_dims" in given else given["embed_dim"]))
 
 
 def likely_row(tensors: Mapping[str, Tensor]) -> str:

@@ -176,7 +176,7 @@ def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
     if old.grid == new.grid:
         return table
     if not new.relative:
-        return resize_positions(table, old.grid, new.grid, new.prefix)
+        return resize_positions(table, old.grid, new.grid, new.prefix, filter=new.filter)
     return resize_relative_bias(table, old.grid, new.grid)
 
 

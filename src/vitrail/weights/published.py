@@ -79,6 +79,13 @@ ON_THE_HUB = (
     _hub("cait_s36_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
     _hub("cait_m36_384", "fb_dist_in1k", IMAGENET, 384, 1.0, "bicubic", "apache-2.0"),
     _hub("cait_m48_448", "fb_dist_in1k", IMAGENET, 448, 1.0, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b0", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b1", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b2", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b2_li", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b3", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b4", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("pvt_v2_b5", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
 )
 """timm's files, by timm's names"""
 ELSEWHERE = (

@@ -25,6 +25,9 @@ PROCESSOR = "preprocessor_config.json"
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, as transformers writes them"""
 
+EPSILONS = dict.fromkeys(("pvt", "pvt_v2"), ("norm_eps", "conv_norm_eps"))
+"""which fields have transformers' one epsilon, of networks that have several here"""
+
 
 @dataclass(frozen=True)
 class Sidecar:
@@ -93,7 +96,8 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     names = config.get("id2label")
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
     eps = config.get("layer_norm_eps")
-    fields = {"norm_eps": eps} if isinstance(eps, float) and 0 < eps < 1 else {}
+    named = EPSILONS.get(config.get("model_type", ""), ("norm_eps",))
+    fields = dict.fromkeys(named, eps) if isinstance(eps, float) and 0 < eps < 1 else {}
     return Sidecar(
         _preprocess(given) if processor else None, _classes(ordered), str(config.get("model_type", "")), fields
     )
