@@ -63,9 +63,8 @@ def build_peer(row: str, source: str) -> Peer | None:
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Draws every parameter and running statistic anew, so that each has a say and none drowns the others."""
     generator = torch.Generator().manual_seed(seed)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if not value.is_floating_point():
-            continue
+    running = [(name, value) for name, value in model.named_buffers() if "running_" in name]
+    for name, value in [*model.named_parameters(), *running]:
         drawn = torch.randn(value.shape, generator=generator)
         if name.endswith("running_var") or (value.ndim == 1 and "bias" not in name):
             value.copy_(1 + 0.1 * drawn.abs())  # variances, and what multiplies channels
@@ -82,7 +81,7 @@ def _timm(row: str) -> Peer | None:
         return None
     config = FAMILIES[ROWS[row]].variants[row]
     model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
-    return _drawn("timm", model, STATES["timm"][ROWS[row]], _as_state_dict, _plain)
+    return _drawn(row, "timm", model, _as_state_dict, _plain)
 
 
 def _any_size(row: str) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _torchvision(row: str) -> Peer | None:
     from torchvision import models
 
     model = models.get_model(TORCHVISION[row], weights=None)
-    return _drawn("torchvision", model, STATES["torchvision"][ROWS[row]], _as_state_dict, _plain)
+    return _drawn(row, "torchvision", model, _as_state_dict, _plain)
 
 
 def _transformers(row: str) -> Peer | None:
@@ -110,18 +109,21 @@ def _transformers(row: str) -> Peer | None:
     kind = said.pop("architectures")[0]
     made = transformers.AutoConfig.for_model(said.pop("model_type"), **said)
     model = getattr(transformers, kind)(made)
-    return _drawn("transformers", model, STATES["transformers"][family], _as_pretrained, lambda out: out.logits)
+    return _drawn(row, "transformers", model, _as_pretrained, lambda out: out.logits)
 
 
 def _drawn(
+    row: str,
     source: str,
     model: nn.Module,
-    states: str,
     save: Callable[[nn.Module, Path], Path],
     logits: Callable[[Any], Tensor],
 ) -> Peer:
     randomise(model)
-    return Peer(source, model.eval(), states, save, logits)
+    family = ROWS[row]
+    states = STATES[source][family]
+    pattern = states if isinstance(states, str) else states(FAMILIES[family].variants[row])
+    return Peer(source, model.eval(), pattern, save, logits)
 
 
 def _plain(out: Any) -> Tensor:
@@ -144,9 +146,30 @@ BUILDERS: Mapping[str, Callable[[str], Peer | None]] = {
     "torchvision": _torchvision,
     "transformers": _transformers,
 }
-STATES: Mapping[str, Mapping[str, str]] = {
-    "timm": {"vit": r"blocks\.\d+", "cait": r"blocks\.\d+"},
-    "torchvision": {"vit": r"encoder\.layers\.encoder_layer_\d+", "resnet": r"layer\d"},
-    "transformers": {"vit": r"vit\.layers\.\d+"},
+
+
+def _last_blocks(template: str) -> Callable[[Any], str]:
+    """A pattern for the last block of each stage, from a config with `depths`."""
+    return lambda config: "|".join(template.format(i, depth - 1) for i, depth in enumerate(config.depths))
+
+
+STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
+    "timm": {
+        "vit": r"blocks\.\d+",
+        "cait": r"blocks\.\d+",
+        "swin": r"layers\.\d+",
+        "pvt_v2": r"stages\.\d+",
+    },
+    "torchvision": {
+        "vit": r"encoder\.layers\.encoder_layer_\d+",
+        "swin": r"features\.[1357]",
+        "resnet": r"layer\d",
+    },
+    "transformers": {
+        "vit": r"vit\.layers\.\d+",
+        "swin": _last_blocks(r"swin\.encoder\.layers\.{}\.blocks\.{}"),
+        "pvt": _last_blocks(r"pvt\.encoder\.block\.{}\.{}"),
+        "pvt_v2": r"pvt_v2\.encoder\.layers\.\d+",
+    },
 }
-"""by library and family, the modules after which our `features` are taken"""
+"""by library and family, the modules after which our `features` are taken; where that hangs on the config, made of it"""

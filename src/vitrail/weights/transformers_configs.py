@@ -38,4 +38,55 @@ def _square(size: Any) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {"vit": _vit}
+def _swin(c: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["SwinForImageClassification"],
+        "model_type": "swin",
+        "embed_dim": c.embed_dim,
+        "depths": list(c.depths),
+        "num_heads": list(c.num_heads),
+        "window_size": _square(c.window_size),
+        "mlp_ratio": c.mlp_ratio,
+        "qkv_bias": c.qkv_bias,
+        "layer_norm_eps": c.norm_eps,
+        "image_size": _square(c.img_size),
+        "patch_size": _square(c.patch_size),
+        "num_channels": c.in_chans,
+    }
+
+
+def _pyramid(c: Any) -> dict[str, Any]:
+    """What both PVTs share. Their one epsilon stands for our two: only networks in which they are equal are the same."""
+    return {
+        "hidden_sizes": list(c.embed_dims),
+        "depths": list(c.depths),
+        "num_attention_heads": list(c.num_heads),
+        "mlp_ratios": list(c.mlp_ratios),
+        "qkv_bias": c.qkv_bias,
+        "layer_norm_eps": c.norm_eps,
+        "image_size": _square(c.img_size),
+        "num_channels": c.in_chans,
+    }
+
+
+def _pvt(c: Any) -> dict[str, Any]:
+    return _pyramid(c) | {
+        "architectures": ["PvtForImageClassification"],
+        "model_type": "pvt",
+        "sequence_reduction_ratios": list(c.sr_ratios),
+        "patch_sizes": [c.patch_size, 2, 2, 2],
+    }
+
+
+def _pvt_v2(c: Any) -> dict[str, Any]:
+    return _pyramid(c) | {
+        "architectures": ["PvtV2ForImageClassification"],
+        "model_type": "pvt_v2",
+        "sr_ratios": list(c.sr_ratios),
+        "patch_sizes": [c.patch_size, 3, 3, 3],
+        "strides": [c.stride, 2, 2, 2],
+        "linear_attention": c.linear,
+    }
+
+
+CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {"vit": _vit, "swin": _swin, "pvt": _pvt, "pvt_v2": _pvt_v2}
