@@ -49,6 +49,8 @@ class Layout:
     """the coarser grid that keys lie on where they were reduced; None: `grid`"""
     readout: tuple[int, ...] | None = None
     """the rows that the head reads: (0,) the class token, () the mean of the image tokens; None: not known"""
+    branch: int | None = None
+    """which branch of the network the keys' grid belongs to, from 0; None where there is one"""
 
 
 class Mix(NamedTuple):

@@ -69,9 +69,13 @@ class PatchEmbed(nn.Module):
                 )
         return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
 
-    def forward(self, images: Tensor) -> Tensor:
+    def check(self, images: Tensor) -> None:
+        """Raises `ValueError` unless images are (B, C_in, H, W)."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be (B, {self.in_chans}, H, W); got shape {tuple(images.shape)}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check(images)
         height, width = images.shape[-2:]
         rows, columns = self.grid(height, width)
         below, right = rows * self.patch_size[0] - height, columns * self.patch_size[1] - width

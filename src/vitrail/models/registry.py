@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cnn, swin, vit
+from vitrail.models import cnn, crossvit, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -31,6 +31,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),
+    "crossvit": Family(crossvit.CrossViT, crossvit.CrossViTConfig, crossvit.VARIANTS, crossvit.ALIASES),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
