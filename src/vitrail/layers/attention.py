@@ -25,6 +25,7 @@ from vitrail.layers.linear import Linear
 Kernel = Literal["auto", "fused", "eager"]
 EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys,
 EAGER_SCORES = 2**14  # and from about this many scores on: below, one call is less work than five
+SDPA_QUERIES = 16  # fewer queries than this cost SDPA as much there, for it reads all keys alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ def _fused(kernel: Kernel, q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
         return False
     if k.dtype != torch.bfloat16:
         return True
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    scores = q.shape[0] * q.shape[1] * max(q.shape[2], SDPA_QUERIES) * k.shape[2]
     return k.shape[2] > EAGER_TOKENS or scores < EAGER_SCORES
 
 

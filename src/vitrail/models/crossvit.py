@@ -95,10 +95,10 @@ class CrossViTConfig:
         object.__setattr__(self, "img_size", pair(self.img_size))
         for name in (*WHOLE, "img_scale", "mlp_ratio"):
             object.__setattr__(self, name, _both(name, getattr(self, name), whole=name in WHOLE))
-        stages = self.depth if isinstance(self.depth, tuple | list) else ()
-        object.__setattr__(self, "depth", tuple(_both("a stage of depth", stage, whole=True) for stage in stages))
-        if not self.depth:
+        if not isinstance(self.depth, tuple | list) or not self.depth:
             raise ValueError(f"depth must be stages, such as ((1, 4), (1, 4), (1, 4)); got {shortened(self.depth)}")
+        stages = tuple(_both("a stage of depth", stage, whole=True) for stage in self.depth)
+        object.__setattr__(self, "depth", stages)
         check_choice("global_pool", self.global_pool, ("token", "avg"))
         check_least(self, {**dict.fromkeys(("img_size", *WHOLE, "depth", "in_chans"), 1), "num_classes": 0})
         check_rates(self)

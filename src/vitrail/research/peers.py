@@ -46,6 +46,8 @@ class Peer(NamedTuple):
     """writes its weights as its library does; returns the file or folder"""
     logits: Callable[[Any], Tensor]
     """what a forward returns -> logits"""
+    options: Mapping[str, Any] = {}
+    """fields of our config that make us treat sizes as theirs does"""
 
 
 def build_peer(row: str, source: str) -> Peer | None:
@@ -82,7 +84,8 @@ def _timm(row: str) -> Peer | None:
         return None
     config = FAMILIES[ROWS[row]].variants[row]
     model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
-    return _drawn("timm", model, STATES["timm"][ROWS[row]], _as_state_dict, _plain)
+    peer = _drawn("timm", model, STATES["timm"][ROWS[row]], _as_state_dict, _plain)
+    return peer._replace(options=OPTIONS.get(ROWS[row], {}))
 
 
 def _any_size(row: str) -> dict[str, Any]:
@@ -144,8 +147,10 @@ BUILDERS: Mapping[str, Callable[[str], Peer | None]] = {
     "torchvision": _torchvision,
     "transformers": _transformers,
 }
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"crossvit": {"dynamic_img_size": False}}
+"""by family, for timm, whose CrossViT resizes images of every size to its own"""
 STATES: Mapping[str, Mapping[str, str]] = {
-    "timm": {"vit": r"blocks\.\d+"},
+    "timm": {"vit": r"blocks\.\d+", "crossvit": r"blocks\.\d+"},
     "torchvision": {"vit": r"encoder\.layers\.encoder_layer_\d+", "resnet": r"layer\d"},
     "transformers": {"vit": r"vit\.layers\.\d+"},
 }

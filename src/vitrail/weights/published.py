@@ -69,6 +69,17 @@ ON_THE_HUB = (
     _hub("vit_large_patch32_384", "orig_in21k_ft_in1k", HALF, 384, 1.0, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "orig_in21k", HALF, 224, 0.9, "bicubic", "apache-2.0"),
     _hub("vit_huge_patch14_224", "mae", IMAGENET, 224, 0.9, "bicubic", "cc-by-nc-4.0"),
+    _hub("crossvit_tiny_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_small_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_base_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_9_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_9_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_dagger_408", "in1k", IMAGENET, 408, 1.0, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_dagger_408", "in1k", IMAGENET, 408, 1.0, "bicubic", "apache-2.0"),
 )
 """timm's files, by timm's names"""
 ELSEWHERE = (
