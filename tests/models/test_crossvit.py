@@ -291,6 +291,7 @@ def test_padding_is_on_no_map_of_either_branch() -> None:
         build()(images(), mask)
     for seen in record.maps:
         heat = attention_map(seen)
+        assert (seen.layout.key_index == -1).sum() >= 2 * heat.shape[-2] * (heat.shape[-1] // 2)
         assert heat[..., 0].all() and not heat[..., -(heat.shape[-1] // 2) :].any()
 
 

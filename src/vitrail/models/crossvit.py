@@ -277,7 +277,8 @@ class CrossViT(Backbone):
         self, branches: Sequence[Tokens], stages: int | None = None, taps: Sequence[int] = ()
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Each branch's x after so many stages, or all; and what entries `taps` of `features` are made of."""
-        xs, seen = [tokens.x for tokens in branches], dict[int, Tensor]()
+        xs = [tokens.x for tokens in branches]
+        seen: dict[int, Tensor] = {}
         sights = [self._sight(b, tokens) for b, tokens in enumerate(branches)]
         for index, stage in enumerate(list(self.blocks)[:stages]):
             xs = stage(xs, sights, self.grad_checkpointing)
