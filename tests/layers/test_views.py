@@ -56,8 +56,9 @@ def test_a_patch_is_padding_where_all_its_pixels_are() -> None:
 
 def test_a_cut_view_has_the_padding_of_its_own_pixels() -> None:
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
-    mask[..., :6] = True
-    assert embed(crop=True).padding(mask).view(3, 3).tolist() == [[True, False, False]] * 3
+    mask[..., :10] = True  # columns 2 to 13 are seen; resized, the second patch would hold a part of column 10
+    assert embed(crop=True).padding(mask).view(3, 3).tolist() == [[True, True, False]] * 3
+    assert embed().padding(mask).view(3, 3).tolist() == [[True, False, False]] * 3
 
 
 @pytest.mark.parametrize("patch", [12, 16])
