@@ -6,6 +6,7 @@ A family's own test file holds only its mathematics; whatever any model must do 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -27,6 +28,7 @@ PUBLISHED = {
     "cait": "cait_xxs24_224",
     "pvt": "pvt_tiny",
     "pvt_v2": "pvt_v2_b0",
+    "crossvit": "crossvit_tiny_240",
     "resnet": "resnet18_32",
 }
 ATTENTIONS: dict[str, Callable[[Any], int]] = {
@@ -35,6 +37,7 @@ ATTENTIONS: dict[str, Callable[[Any], int]] = {
     "cait": lambda c: c.depth + c.depth_token_only,
     "pvt": lambda c: sum(c.depths),
     "pvt_v2": lambda c: sum(c.depths),
+    "crossvit": lambda c: sum(map(sum, c.depth)) + 2 * len(c.depth),
 }
 """how often a forward of a family's config attends"""
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
@@ -96,7 +99,8 @@ def pooling(request: pytest.FixtureRequest) -> Any:
 
 def images(model: Backbone, batch: int = 2, factor: float = 1.0) -> Tensor:
     """At `factor` times the row's own size, or the next smaller one that divides into its cells."""
-    cell = int(model.feature_info[-1].reduction)
+    whole = [int(info.reduction) for info in model.feature_info if info.reduction == int(info.reduction)]
+    cell = math.lcm(*whole)  # another stride is that of a resized image, which may have any size
     height, width = (int(side * factor) // cell * cell for side in model.preprocess.img_size)
     shape = (batch, model.preprocess.in_chans, height, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -252,16 +256,28 @@ def test_reset_classifier_makes_a_new_head_and_keeps_the_config_true(model: Back
 
 def test_a_head_put_in_by_hand_counts(model: Backbone) -> None:
     model = copy.deepcopy(model)
-    (name,) = (n for n, part in model.named_modules() if part is model.get_classifier())
+    names = heads_of(model)
     model.classes = ("a",) * model.num_classes
-    model.set_submodule(name, nn.Linear(model.num_features, 3))
+    for name in names:
+        model.set_submodule(name, nn.Linear(model.get_submodule(name).in_features, 3))
     card = model.card()
     assert model.num_classes == card.config["num_classes"] == 3 and card.classes == ()
     again = build_from_config(card.family, card.config, card.name).eval()
     again.load_state_dict(model.state_dict(), strict=True)
     assert again(images(model, batch=1)).shape == (1, 3)
-    model.set_submodule(name, nn.Identity())
+    for name in names:
+        model.set_submodule(name, nn.Identity())
     assert model.num_classes == 0
+
+
+def heads_of(model: Backbone) -> list[str]:
+    """Names of the layers that make logits, which are those that more classes make larger; the first is announced."""
+    with torch.device("meta"):
+        other = build_from_config(model.family, {**model.card().config, "num_classes": model.num_classes + 1})
+    pairs = zip(model.named_parameters(), other.parameters(), strict=True)
+    names = [name.removesuffix(".weight") for (name, a), b in pairs if a.ndim > 1 and a.shape != b.shape]
+    assert model.get_submodule(names[0]) is model.get_classifier()
+    return names
 
 
 def test_layer_groups_hold_every_parameter_once_and_no_decay_names_are_real(model: Backbone) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.layers import attention
-from vitrail.layers.attention import EAGER_TOKENS, Attention, Layout, attend, attention_weights, with_causal
+from vitrail.layers.attention import (
+    EAGER_TOKENS,
+    SDPA_QUERIES,
+    Attention,
+    Layout,
+    attend,
+    attention_weights,
+    with_causal,
+)
 from vitrail.layers.blocks import NORMS
 from vitrail.layers.talking import Mix
 from vitrail.models.vit import VisionTransformer
@@ -185,12 +193,15 @@ def test_auto_takes_the_fast_kernel(
 
 def test_few_scores_are_one_call_in_any_dtype(fused_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(dtype=torch.bfloat16)
-    monkeypatch.setattr(attention, "EAGER_SCORES", q[..., 0].numel() * k.shape[2] + 1)
-    attend(q, k, v)
-    assert len(fused_calls) == 1
-    monkeypatch.setattr(attention, "EAGER_SCORES", q[..., 0].numel() * k.shape[2])
-    attend(q, k, v)
-    assert len(fused_calls) == 1
+    for queries in (QUERIES, SDPA_QUERIES):  # fewer queries cost as much as so many
+        monkeypatch.setattr(attention, "SDPA_QUERIES", queries)
+        monkeypatch.setattr(attention, "EAGER_SCORES", BATCH * HEADS * queries * KEYS + 1)
+        attend(q, k, v)
+        assert len(fused_calls) == 1
+        monkeypatch.setattr(attention, "EAGER_SCORES", BATCH * HEADS * queries * KEYS)
+        attend(q, k, v)
+        assert len(fused_calls) == 1
+        fused_calls.clear()
 
 
 def test_a_bias_that_learns_is_added_by_hand(fused_calls: list[Any]) -> None:

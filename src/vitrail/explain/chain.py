@@ -72,6 +72,8 @@ def _not_square(seen: AttentionMap) -> str:
 
 def _not_next(below: AttentionMap, seen: AttentionMap) -> str:
     """Why a map does not start from the tokens where the one before ended, or empty."""
+    if below.layout and seen.layout and below.layout.branch != seen.layout.branch:
+        return f"belongs to another branch of the network than layer {below.layer}"
     if keys(below) != keys(seen):
         return f"has {keys(seen)} tokens where layer {below.layer} left {keys(below)}"
     return _other_cells(below, seen)

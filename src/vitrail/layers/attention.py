@@ -26,6 +26,7 @@ from vitrail.layers.talking import Mix, attend_in_parts, may_overwrite, mix_head
 Kernel = Literal["auto", "fused", "eager"]
 EAGER_TOKENS = 1024  # in bf16 on a CPU, matmul + softmax beats SDPA up to about this many keys,
 EAGER_SCORES = 2**14  # and from about this many scores on: below, one call is less work than five
+SDPA_QUERIES = 16  # fewer queries than this cost SDPA as much there, for it reads all keys alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class Layout:
     """the coarser grid that keys lie on where they were reduced; None: `grid`"""
     readout: tuple[int, ...] | None = None
     """the rows that the head reads: (0,) the class token, () the mean of the image tokens; None: not known"""
+    branch: int | None = None
+    """which branch of the network the keys' grid belongs to, from 0; None where there is one"""
 
 
 def attend(
@@ -136,7 +139,7 @@ def _fused(kernel: Kernel, q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
         return False
     if k.dtype != torch.bfloat16:
         return True
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    scores = q.shape[0] * q.shape[1] * max(q.shape[2], SDPA_QUERIES) * k.shape[2]
     return k.shape[2] > EAGER_TOKENS or scores < EAGER_SCORES
 
 

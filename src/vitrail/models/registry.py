@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cait, cnn, pvt, pvt_v2, swin, vit
+from vitrail.models import cait, cnn, crossvit, pvt, pvt_v2, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     "cait": Family(cait.CaiT, cait.CaiTConfig, cait.VARIANTS),
     "pvt": Family(pvt.PyramidVisionTransformer, pvt.PVTConfig, pvt.VARIANTS),
     "pvt_v2": Family(pvt_v2.PyramidVisionTransformerV2, pvt_v2.PVTV2Config, pvt_v2.VARIANTS),
+    "crossvit": Family(crossvit.CrossViT, crossvit.CrossViTConfig, crossvit.VARIANTS, crossvit.ALIASES),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}

@@ -55,7 +55,7 @@ def parity_table(pattern: str = "*", sources: tuple[str, ...] = SOURCES) -> Iter
 @torch.no_grad()
 def compare(row: str, peer: Peer) -> Iterator[Parity]:
     """One row against one library, at its own size and at another, where the library runs at another."""
-    ours = build_model(row)
+    ours = build_model(row, **peer.options)
     with tempfile.TemporaryDirectory() as folder:
         load_weights(ours, peer.save(peer.model, Path(folder)))
     ours.eval()
@@ -102,7 +102,7 @@ def _outputs(peer: Peer) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
+        seen.extend(out if isinstance(out, list) else [out[0] if isinstance(out, tuple) else out])
 
     named = peer.model.named_modules()
     hooks = [module.register_forward_hook(keep) for name, module in named if re.fullmatch(peer.states, name)]

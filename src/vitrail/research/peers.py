@@ -46,6 +46,8 @@ class Peer(NamedTuple):
     """writes its weights as its library does; returns the file or folder"""
     logits: Callable[[Any], Tensor]
     """what a forward returns -> logits"""
+    options: Mapping[str, Any] = {}
+    """fields of our config that make us treat sizes as theirs does"""
 
 
 def build_peer(row: str, source: str) -> Peer | None:
@@ -81,7 +83,8 @@ def _timm(row: str) -> Peer | None:
         return None
     config = FAMILIES[ROWS[row]].variants[row]
     model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
-    return _drawn(row, "timm", model, _as_state_dict, _plain)
+    peer = _drawn(row, "timm", model, _as_state_dict, _plain)
+    return peer._replace(options=OPTIONS.get(ROWS[row], {}))
 
 
 def _any_size(row: str) -> dict[str, Any]:
@@ -153,10 +156,13 @@ def _last_blocks(template: str) -> Callable[[Any], str]:
     return lambda config: "|".join(template.format(i, depth - 1) for i, depth in enumerate(config.depths))
 
 
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"crossvit": {"dynamic_img_size": False}}
+"""by family, for timm, whose CrossViT resizes images of every size to its own"""
 STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
     "timm": {
         "vit": r"blocks\.\d+",
         "cait": r"blocks\.\d+",
+        "crossvit": r"blocks\.\d+",
         "swin": r"layers\.\d+",
         "pvt_v2": r"stages\.\d+",
     },
@@ -172,4 +178,4 @@ STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
         "pvt_v2": r"pvt_v2\.encoder\.layers\.\d+",
     },
 }
-"""by library and family, the modules after which our `features` are taken; where that hangs on the config, made of it"""
+"""by library and family, the modules after which our `features` are taken, or what makes them of a config"""

@@ -82,12 +82,18 @@ def _fill(folder: Path, model: Backbone, weights: Mapping[str, Tensor]) -> None:
 def _check_depth(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
     """Every layer has a tensor at least: a config of many more would build modules until the memory is full."""
     said = [card.config[key] for key in ("depth", "depths") if key in card.config]
-    numbers = [n for value in said for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
-    if (layers := sum(max(n, 1) for n in numbers)) > len(weights):
+    if (layers := sum(max(n, 1) for n in _whole_numbers(said))) > len(weights):
         raise FolderError(
             f"{folder}: a config of {layers:,} layers needs a tensor for each; the weights hold {len(weights)}: "
             "load them with the config they had"
         )
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """Those in a list, and in lists within it: blocks, blocks of each stage, of each branch of each stage."""
+    if isinstance(value, list):
+        return [number for part in value for number in _whole_numbers(part)]
+    return [value] if isinstance(value, int) else []
 
 
 def _check_memory(folder: Path, derived: Sequence[Tensor], weights: Mapping[str, Tensor]) -> None:

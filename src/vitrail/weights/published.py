@@ -86,6 +86,17 @@ ON_THE_HUB = (
     _hub("pvt_v2_b3", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
     _hub("pvt_v2_b4", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
     _hub("pvt_v2_b5", "in1k", IMAGENET, 224, 0.9, "bicubic", "apache-2.0"),
+    _hub("crossvit_tiny_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_small_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_base_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_9_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_9_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_dagger_240", "in1k", IMAGENET, 240, 0.875, "bicubic", "apache-2.0"),
+    _hub("crossvit_15_dagger_408", "in1k", IMAGENET, 408, 1.0, "bicubic", "apache-2.0"),
+    _hub("crossvit_18_dagger_408", "in1k", IMAGENET, 408, 1.0, "bicubic", "apache-2.0"),
 )
 """timm's files, by timm's names"""
 ELSEWHERE = (

@@ -56,7 +56,7 @@ def _swin(c: Any) -> dict[str, Any]:
 
 
 def _pyramid(c: Any) -> dict[str, Any]:
-    """What both PVTs share. Their one epsilon stands for our two: only networks in which they are equal are the same."""
+    """What both PVTs share. Their one epsilon stands for our two."""
     return {
         "hidden_sizes": list(c.embed_dims),
         "depths": list(c.depths),
