@@ -230,7 +230,8 @@ class PyramidVisionTransformer(Backbone):
     def _prepared(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Images and mask of a size that divides, zero where padded."""
         check_channels(images, self.config.in_chans)
-        check_mask(mask, images)
+        if mask is not None:
+            check_mask(images, mask)
         height, width = self._whole(images.shape[-2], images.shape[-1])
         images = images if mask is None else images.masked_fill(mask[:, None], 0)
         edges = (0, width - images.shape[-1], 0, height - images.shape[-2])
