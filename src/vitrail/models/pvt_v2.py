@@ -224,8 +224,7 @@ class PyramidVisionTransformerV2(Backbone):
 
     def _through(self, images: Tensor, mask: Tensor | None, stages: int) -> list[Tokens]:
         """images (B, C_in, H, W) -> the tokens after each of the first `stages` stages, not normed."""
-        if mask is not None:
-            check_mask(images, mask)
+        check_mask(mask, images)
         x = images if mask is None else images.masked_fill(mask[:, None], 0)
         found: list[Tokens] = []
         for number in range(stages):
