@@ -129,6 +129,12 @@ def test_dropout_after_positions_acts_in_every_stage_in_training_alone() -> None
 
 
 @torch.no_grad()
+def test_patches_are_the_normed_convolution() -> None:
+    patches, x = build().get_submodule("patch_embed1"), torch.randn(2, 3, 64, 64)
+    close(patches(x), patches.norm(patches.proj(x).flatten(2).transpose(1, 2)))
+
+
+@torch.no_grad()
 def test_only_the_last_stage_has_a_class_token_and_the_head_reads_it() -> None:
     model, x = build(), torch.randn(2, 3, 64, 96)
     found = model.features(x)

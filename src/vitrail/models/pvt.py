@@ -23,16 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.layers import embed
 from vitrail.layers.attention import Kernel
 from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates, is_hooked, run_layer
-from vitrail.layers.embed import Size, check_channels, check_divides, check_mask, pair, resize_positions
+from vitrail.layers.embed import PatchEmbed, Size, check_channels, check_divides, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.layers.reduction import ReducedAttention, SpatialReductionAttention
@@ -125,17 +125,6 @@ VARIANTS: dict[str, PVTConfig] = {
 # fmt: on
 
 
-class PatchEmbed(embed.PatchEmbed):
-    """Patches that do not overlap, projected and normed (section 3.2): (B, C_in, H, W) -> (B, N, C)."""
-
-    def __init__(self, img_size: Size, patch_size: int, in_chans: int, embed_dim: int, *, norm_eps: float) -> None:
-        super().__init__(img_size, patch_size, in_chans, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(super().forward(images))
-
-
 class Block(nn.Module):
     """One pre-norm layer with reduced keys: tokens (B, P + N, C) of a grid -> (B, P + N, C), or the first `rows`."""
 
@@ -198,7 +187,8 @@ class PyramidVisionTransformer(Backbone):
         height, width = self._whole(*pair(c.img_size))
         finer = c.strides[stage - 1] if stage else 1
         patch, chans = (2, c.embed_dims[stage - 1]) if stage else (c.patch_size, c.in_chans)
-        patches = PatchEmbed((height // finer, width // finer), patch, chans, dim, norm_eps=c.conv_norm_eps)
+        norm = partial(nn.LayerNorm, eps=c.conv_norm_eps)
+        patches = PatchEmbed((height // finer, width // finer), patch, chans, dim, norm=norm)
         positions = torch.empty(1, self._prefix(stage) + patches.num_patches, dim)
         self.add_module(f"patch_embed{stage + 1}", patches)
         self.register_parameter(f"pos_embed{stage + 1}", nn.Parameter(positions))
