@@ -21,8 +21,18 @@ from vitrail.layers.linear import plain_linear
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model
 
-PUBLISHED = {"vit": "vit_tiny_patch16_224", "swin": "swin_tiny_patch4_window7_224", "resnet": "resnet18_32"}
-ATTENTIONS: dict[str, Callable[[Any], int]] = {"vit": lambda c: c.depth, "swin": lambda c: sum(c.depths)}
+PUBLISHED = {
+    "vit": "vit_tiny_patch16_224",
+    "hybrid": "vit_tiny_r_s16_p8_224",
+    "hybrid_cnn": "hybrid_tiny_32",
+    "swin": "swin_tiny_patch4_window7_224",
+    "resnet": "resnet18_32",
+    "convnext": "convnext_tiny_32",
+}
+ATTENTIONS: dict[str, Callable[[Any], int]] = {
+    **dict.fromkeys(("vit", "hybrid", "hybrid_cnn"), lambda c: c.depth),
+    "swin": lambda c: sum(c.depths),
+}
 """how often a forward of a family's config attends"""
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
 ISOTROPIC = [name for name, family in FAMILIES.items() if callable(getattr(family.model, "encode", None))]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cnn, swin, vit
+from vitrail.models import cnn, convnext, hybrid, hybrid_cnn, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -30,8 +30,11 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
+    "hybrid": Family(hybrid.HybridViT, hybrid.HybridConfig, hybrid.VARIANTS),
+    "hybrid_cnn": Family(hybrid_cnn.HybridCNNViT, hybrid_cnn.HybridCNNConfig, hybrid_cnn.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
+    "convnext": Family(convnext.ConvNeXt, convnext.ConvNeXtConfig, convnext.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
 """row -> family"""
