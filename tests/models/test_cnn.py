@@ -19,6 +19,7 @@ from vitrail.models.cnn import ResNet, ResNetConfig
         (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
         (dict(drop_rate=1.0), r"drop_rate must lie in \[0, 1\)"),
         (dict(stem="smal"), "did you mean small"),
+        (dict(block="botleneck"), "block must be one of basic, bottleneck; got 'botleneck': did you mean bottleneck"),
     ],
 )
 def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> None:

@@ -145,8 +145,12 @@ BUILDERS: Mapping[str, Callable[[str], Peer | None]] = {
     "transformers": _transformers,
 }
 STATES: Mapping[str, Mapping[str, str]] = {
-    "timm": {"vit": r"blocks\.\d+"},
-    "torchvision": {"vit": r"encoder\.layers\.encoder_layer_\d+", "resnet": r"layer\d"},
+    "timm": {"vit": r"blocks\.\d+", "hybrid": r"blocks\.\d+"},
+    "torchvision": {
+        "vit": r"encoder\.layers\.encoder_layer_\d+",
+        "resnet": r"layer\d",
+        "convnext": r"features\.[1357]",
+    },
     "transformers": {"vit": r"vit\.layers\.\d+"},
 }
 """by library and family, the modules after which our `features` are taken"""
