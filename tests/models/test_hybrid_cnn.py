@@ -68,7 +68,6 @@ CUTS = [
     ("mobilenet_v3_small", 16, 48),
     ("vgg11", 8, 512),
     ("shufflenet_v2_x0_5", 16, 96),
-    ("regnet_y_400mf", 16, 208),
     ("densenet121", 4, 128),
 ]
 

@@ -35,11 +35,11 @@ from vitrail.names import check_choice
 CELLS = 14
 """about how many cells a side a stem leaves of an image if nobody says its stride, as ViT's 16 pixels do of 224"""
 CNNS = (
-    "convnext", "densenet", "efficientnet", "mnasnet", "mobilenet", "regnet", "resnet", "resnext", "shufflenet", "vgg",
+    "convnext", "densenet", "efficientnet", "mnasnet", "mobilenet", "resnet", "resnext", "shufflenet", "vgg",
     "wide_resnet",
 )  # fmt: skip
-"""torchvision's names begin with these where a network is one row of modules whose strides are powers of two"""
-
+"""torchvision's names begin with these where a network is one row of modules whose strides are powers of two, and is
+built without memory (RegNet is not)"""
 PROBE = 16
 """rows of the map that a torchvision CNN is cut by, more than any of its poolings leaves"""
 HEADS = ("avgpool", "classifier", "fc")
