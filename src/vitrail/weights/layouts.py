@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vitrail.weights.keymap import KeyMap
-from vitrail.weights.keymaps import convnext, swin, vit
+from vitrail.weights.keymaps import convnext, hybrid, swin, vit
 
-KEYMAPS: tuple[KeyMap, ...] = (*vit.KEYMAPS, *swin.KEYMAPS, *convnext.KEYMAPS)
+KEYMAPS: tuple[KeyMap, ...] = (*vit.KEYMAPS, *hybrid.KEYMAPS, *swin.KEYMAPS, *convnext.KEYMAPS)
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
 
