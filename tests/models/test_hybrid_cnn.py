@@ -69,6 +69,7 @@ CUTS = [
     ("vgg11", 8, 512),
     ("shufflenet_v2_x0_5", 16, 96),
     ("densenet121", 4, 128),
+    ("mnasnet0_5", 32, 1280),
 ]
 
 
