@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds it equal to the
     from vitrail.layers.attention import Attention as Attention
     from vitrail.layers.blocks import Block as Block, Mlp as Mlp
     from vitrail.layers.embed import PatchEmbed as PatchEmbed
+    from vitrail.models.hybrid_cnn import HybridCNNViT as HybridCNNViT
     from vitrail.models.registry import list_models as list_models
     from vitrail.models.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
     from vitrail.predict import Predictor as Predictor, ViTClassifier as ViTClassifier
@@ -33,6 +34,7 @@ _HOMES = {
     "Attention": "vitrail.layers.attention",
     "AttentionVisualizer": "vitrail.visualize",
     "Block": "vitrail.layers.blocks",
+    "HybridCNNViT": "vitrail.models.hybrid_cnn",
     "Mlp": "vitrail.layers.blocks",
     "PatchEmbed": "vitrail.layers.embed",
     "Predictor": "vitrail.predict",

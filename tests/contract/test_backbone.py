@@ -24,15 +24,18 @@ from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_mod
 
 PUBLISHED = {
     "vit": "vit_tiny_patch16_224",
+    "hybrid": "vit_tiny_r_s16_p8_224",
+    "hybrid_cnn": "hybrid_tiny_32",
     "swin": "swin_tiny_patch4_window7_224",
     "cait": "cait_xxs24_224",
     "pvt": "pvt_tiny",
     "pvt_v2": "pvt_v2_b0",
     "crossvit": "crossvit_tiny_240",
     "resnet": "resnet18_32",
+    "convnext": "convnext_tiny_32",
 }
 ATTENTIONS: dict[str, Callable[[Any], int]] = {
-    "vit": lambda c: c.depth,
+    **dict.fromkeys(("vit", "hybrid", "hybrid_cnn"), lambda c: c.depth),
     "swin": lambda c: sum(c.depths),
     "cait": lambda c: c.depth + c.depth_token_only,
     "pvt": lambda c: sum(c.depths),

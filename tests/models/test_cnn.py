@@ -19,6 +19,7 @@ from vitrail.models.cnn import ResNet, ResNetConfig
         (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
         (dict(drop_rate=1.0), r"drop_rate must lie in \[0, 1\)"),
         (dict(stem="smal"), "did you mean small"),
+        (dict(block="botleneck"), "block must be one of basic, bottleneck; got 'botleneck': did you mean bottleneck"),
     ],
 )
 def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> None:
@@ -38,3 +39,9 @@ def test_padded_pixels_count_as_zeros_and_are_not_pooled() -> None:
     assert torch.allclose(model(x, mask), model.fc(seen.mean(dim=(2, 3))), atol=1e-6)
     assert torch.allclose(model(cut), model.fc(last.mean(dim=(2, 3))), atol=1e-6)
     assert torch.equal(model.features(x, mask=mask).maps[0], model.features(cut).maps[0])
+
+
+def test_a_mask_of_another_size_is_named() -> None:
+    model = ResNet(embed_dim=8, stem="small", img_size=32, num_classes=3).eval()
+    with pytest.raises(ValueError, match=r"mask must be \(B, H, W\) like the images, \(2, 32, 32\); got \(2, 16, 16\)"):
+        model(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, 16, dtype=torch.bool))

@@ -78,12 +78,15 @@ class PatchEmbed(nn.Module):
         return -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.proj(self.padded(images)).flatten(2).transpose(1, 2))  # (B, N, C)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """The images with zeros at their right and lower edge, as far as a patch begun there reaches."""
         check_channels(images, self.in_chans)
         height, width = images.shape[-2:]
         rows, columns = self.grid(height, width)
         below, right = rows * self.patch_size[0] - height, columns * self.patch_size[1] - width
-        images = F.pad(images, (0, right, 0, below)) if below or right else images
-        return self.norm(self.proj(images).flatten(2).transpose(1, 2))  # (B, N, C)
+        return F.pad(images, (0, right, 0, below)) if below or right else images
 
     def padding(self, mask: Tensor) -> Tensor:
         """Padded pixels (B, H, W) bool -> (B, N) bool: true where a patch holds nothing but padding."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cait, cnn, crossvit, pvt, pvt_v2, swin, vit
+from vitrail.models import cait, cnn, convnext, crossvit, hybrid, hybrid_cnn, pvt, pvt_v2, swin, vit
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -30,12 +30,15 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
+    "hybrid": Family(hybrid.HybridViT, hybrid.HybridConfig, hybrid.VARIANTS),
+    "hybrid_cnn": Family(hybrid_cnn.HybridCNNViT, hybrid_cnn.HybridCNNConfig, hybrid_cnn.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),
     "cait": Family(cait.CaiT, cait.CaiTConfig, cait.VARIANTS),
     "pvt": Family(pvt.PyramidVisionTransformer, pvt.PVTConfig, pvt.VARIANTS),
     "pvt_v2": Family(pvt_v2.PyramidVisionTransformerV2, pvt_v2.PVTV2Config, pvt_v2.VARIANTS),
     "crossvit": Family(crossvit.CrossViT, crossvit.CrossViTConfig, crossvit.VARIANTS, crossvit.ALIASES),
     "resnet": Family(cnn.ResNet, cnn.ResNetConfig, cnn.VARIANTS),
+    "convnext": Family(convnext.ConvNeXt, convnext.ConvNeXtConfig, convnext.VARIANTS),
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
 """row -> family"""

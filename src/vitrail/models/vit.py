@@ -156,9 +156,7 @@ class VisionTransformer(Backbone):
         self.num_features, self.num_prefix_tokens = c.embed_dim, int(c.class_token) + c.reg_tokens
         self.preprocess = Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)
         with drawn_once(self):
-            self.patch_embed = PatchEmbed(
-                c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad
-            )
+            self.patch_embed = self._make_patch_embed()
             self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
             self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
             self._make_positions()
@@ -166,8 +164,12 @@ class VisionTransformer(Backbone):
             self.blocks = nn.ModuleList(_block(c, rate) for rate in drop_path_rates(c.drop_path_rate, c.depth))
             self._make_head()
         self.grad_checkpointing = False
-        rows, columns = pair(c.patch_size)
+        rows, columns = self.patch_embed.patch_size
         self.feature_info = [FeatureInfo(c.embed_dim, rows, f"blocks.{i}", columns) for i in range(c.depth)]
+
+    def _make_patch_embed(self) -> PatchEmbed:
+        c = self.config
+        return PatchEmbed(c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad)
 
     def _make_positions(self) -> None:
         c = self.config
@@ -193,9 +195,9 @@ class VisionTransformer(Backbone):
     # ---- image -> tokens -> features -> logits
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding."""
+        """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding, and counts as zero."""
         check_mask(mask, images)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None].bool(), 0))
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         padding = None if mask is None else self.patch_embed.padding(mask)

@@ -161,6 +161,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {"crossvit": {"dynamic_img_size": Fal
 STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
     "timm": {
         "vit": r"blocks\.\d+",
+        "hybrid": r"blocks\.\d+",
         "cait": r"blocks\.\d+",
         "crossvit": r"blocks\.\d+",
         "swin": r"layers\.\d+",
@@ -170,6 +171,7 @@ STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
         "vit": r"encoder\.layers\.encoder_layer_\d+",
         "swin": r"features\.[1357]",
         "resnet": r"layer\d",
+        "convnext": r"features\.[1357]",
     },
     "transformers": {
         "vit": r"vit\.layers\.\d+",

@@ -7,9 +7,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vitrail.weights.keymap import KeyMap
-from vitrail.weights.keymaps import crossvit, pvt, pvt_v2, swin, vit
+from vitrail.weights.keymaps import convnext, crossvit, hybrid, pvt, pvt_v2, swin, vit
 
-KEYMAPS: tuple[KeyMap, ...] = (*vit.KEYMAPS, *swin.KEYMAPS, *pvt.KEYMAPS, *pvt_v2.KEYMAPS, *crossvit.KEYMAPS)
+KEYMAPS: tuple[KeyMap, ...] = (
+    *vit.KEYMAPS,
+    *hybrid.KEYMAPS,
+    *swin.KEYMAPS,
+    *pvt.KEYMAPS,
+    *pvt_v2.KEYMAPS,
+    *crossvit.KEYMAPS,
+    *convnext.KEYMAPS,
+)
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
 
