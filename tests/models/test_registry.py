@@ -11,7 +11,8 @@ import torch
 
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, list_models, resolve_name
-from vitrail.models.vit import VARIANTS, VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import VARIANTS, ViTConfig
 from vitrail.names import AMBIGUOUS, MODEL_SPELLINGS
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=7)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vitrail.weights.keymap import KeyMap
-from vitrail.weights.keymaps import pvt, pvt_v2, swin, vit
+from vitrail.weights.keymaps import deit, encoders, pvt, pvt_v2, swin, vit
 
-KEYMAPS: tuple[KeyMap, ...] = (*vit.KEYMAPS, *swin.KEYMAPS, *pvt.KEYMAPS, *pvt_v2.KEYMAPS)
+KEYMAPS: tuple[KeyMap, ...] = (
+    *vit.KEYMAPS, *deit.KEYMAPS, *encoders.KEYMAPS, *swin.KEYMAPS, *pvt.KEYMAPS, *pvt_v2.KEYMAPS,
+)  # fmt: skip
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
 
