@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
         check_choice("kind", kind, PROJECTIONS)
         self.patch_size, self.in_chans, self.dynamic_pad = pair(patch_size), in_chans, dynamic_pad
         self.grid_size = self.grid(*pair(img_size))
-        self.proj = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size, bias)
+        self.proj: Any = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size, bias)
         self.norm = norm(embed_dim) if norm else nn.Identity()
 
     @property
