@@ -12,7 +12,7 @@ import vit_pytorch
 from torch import Tensor, nn
 
 from vitrail.models.registry import build_model
-from vitrail.models.vit import ViTConfig
+from vitrail.models.vit_config import ViTConfig
 
 PACKAGES = ("timm", "torchvision", "transformers", "vit-pytorch")
 SETTINGS = ("timm", "timm, unfused", "torchvision", "transformers", "vit-pytorch")

@@ -12,7 +12,8 @@ from vitrail.layers.embed import PatchEmbed, resize_positions, sincos_2d
 from vitrail.layers.tokens import keep_tokens, mean_tokens
 from vitrail.models.config import spelled
 from vitrail.models.registry import list_models, resolve_name
-from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import ViTConfig
 from vitrail.records import Explanation, Preprocess
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds it equal to the
     from vitrail.layers.embed import PatchEmbed as PatchEmbed
     from vitrail.models.hybrid_cnn import HybridCNNViT as HybridCNNViT
     from vitrail.models.registry import list_models as list_models
-    from vitrail.models.vit import VisionTransformer as VisionTransformer, ViTConfig as ViTConfig
+    from vitrail.models.vit import VisionTransformer as VisionTransformer
+    from vitrail.models.vit_config import ViTConfig as ViTConfig
     from vitrail.predict import Predictor as Predictor, ViTClassifier as ViTClassifier
     from vitrail.trainer import ViTTrainer as ViTTrainer, run_training as run_training
     from vitrail.visualize import (
@@ -39,7 +40,7 @@ _HOMES = {
     "PatchEmbed": "vitrail.layers.embed",
     "Predictor": "vitrail.predict",
     "ViTClassifier": "vitrail.predict",
-    "ViTConfig": "vitrail.models.vit",
+    "ViTConfig": "vitrail.models.vit_config",
     "ViTTrainer": "vitrail.trainer",
     "VisionTransformer": "vitrail.models.vit",
     "create_model": "vitrail.weights.load",

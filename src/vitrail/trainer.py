@@ -31,7 +31,8 @@ from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone, said_preprocess
 from vitrail.models.registry import FAMILIES, ROWS, resolve_name
-from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import ViTConfig
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, shortened
 from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run

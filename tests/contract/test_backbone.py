@@ -26,6 +26,9 @@ PUBLISHED = {
     "vit": "vit_tiny_patch16_224",
     "hybrid": "vit_tiny_r_s16_p8_224",
     "hybrid_cnn": "hybrid_tiny_32",
+    "deit": "deit_tiny_distilled_patch16_224",
+    "beit": "beit_tiny_patch4_32",
+    "eva": "eva02_tiny_patch14_224",
     "swin": "swin_tiny_patch4_window7_224",
     "cait": "cait_xxs24_224",
     "pvt": "pvt_tiny",
@@ -35,7 +38,7 @@ PUBLISHED = {
     "convnext": "convnext_tiny_32",
 }
 ATTENTIONS: dict[str, Callable[[Any], int]] = {
-    **dict.fromkeys(("vit", "hybrid", "hybrid_cnn"), lambda c: c.depth),
+    **dict.fromkeys(("vit", "deit", "beit", "eva", "hybrid", "hybrid_cnn"), lambda c: c.depth),
     "swin": lambda c: sum(c.depths),
     "cait": lambda c: c.depth + c.depth_token_only,
     "pvt": lambda c: sum(c.depths),
@@ -46,6 +49,23 @@ ATTENTIONS: dict[str, Callable[[Any], int]] = {
 ATTENDING = [name for name, family in FAMILIES.items() if "attn" in {f.name for f in fields(family.config)}]
 ISOTROPIC = [name for name, family in FAMILIES.items() if callable(getattr(family.model, "encode", None))]
 DEBUG = {name: next(iter(family.variants)) for name, family in FAMILIES.items()}
+POOLS = {"deit": ("token",)}
+"""the ways to pool of families that have not all of a plain ViT's"""
+PIECES: dict[str, dict[str, Any]] = {
+    "rotary positions, registers, a gated MLP": dict(
+        pos_embed="none", rope="dinov3", reg_tokens=2, mlp="swiglu", act="silu"
+    ),
+    "a bias for each offset": dict(pos_embed="none", rel_pos_bias=True, init_values=0.1),
+    "norm before the blocks, patches that overlap": dict(pre_norm=True, embed="overlap", act="quick_gelu"),
+    "norm after each sum, one block for all layers": dict(block="postnorm", shared_blocks=True, rope="axial"),
+    "batch norm, a stem of convolutions": dict(norm="batchnorm", embed="stem", block="respostnorm"),
+    "windows": dict(window_size=3, global_blocks=(1,), class_token=False, global_pool="avg"),
+}
+"""what a Vision Transformer can be made of, beside the debug rows' own"""
+CHOOSING = [name for name in PIECES if name != "windows"]
+"""those that do with some of an image's tokens"""
+MOST_WORK = 1.8e11
+"""parameters times tokens of the largest plain ViT; what is larger is counted and compared by name alone"""
 
 
 def rows() -> Iterator[object]:
@@ -54,37 +74,52 @@ def rows() -> Iterator[object]:
         yield pytest.param(row, marks=() if row in quick else pytest.mark.full)
 
 
+def work(row: str) -> float:
+    """About as many multiplications as one forward needs: parameters times the cells of the last map."""
+    with torch.device("meta"):
+        model = build_model(row)
+    cell = model.feature_info[-1].reduction
+    height, width = model.preprocess.img_size
+    return sum(p.numel() for p in model.parameters()) * (height / cell) * (width / cell)
+
+
+def build_small(name: str) -> Any:
+    """A debug row, or a network of the same size with other pieces."""
+    torch.manual_seed(0)
+    return build_model(name if name in ROWS else "vit_debug", **PIECES.get(name, {})).eval()
+
+
 @pytest.fixture(scope="module", params=rows())
 def model(request: pytest.FixtureRequest) -> Backbone:
+    if work(request.param) > MOST_WORK:
+        pytest.skip(f"{request.param} needs more than the largest plain ViT: counted on the meta device")
     torch.manual_seed(0)
     return build_model(request.param).eval()
 
 
-@pytest.fixture(scope="module", params=DEBUG.values())
+@pytest.fixture(scope="module", params=[*DEBUG.values(), *PIECES])
 def small(request: pytest.FixtureRequest) -> Backbone:
-    """Only the debug rows, for what is slow and does not depend on the row."""
-    torch.manual_seed(0)
-    return build_model(request.param).eval()
+    """Only the debug rows and pieces, for what is slow and does not depend on the row."""
+    return build_small(request.param)
 
 
-@pytest.fixture(scope="module", params=ATTENDING)
+@pytest.fixture(scope="module", params=[*(DEBUG[name] for name in ATTENDING), *PIECES])
 def attending(request: pytest.FixtureRequest) -> Backbone:
-    """The debug row of each family that attends."""
-    torch.manual_seed(0)
-    return build_model(DEBUG[request.param]).eval()
+    """The debug row of each family that attends, and pieces."""
+    return build_small(request.param)
 
 
-@pytest.fixture(scope="module", params=ISOTROPIC)
+@pytest.fixture(scope="module", params=[*(DEBUG[name] for name in ISOTROPIC), *CHOOSING])
 def isotropic(request: pytest.FixtureRequest) -> Any:
-    """The debug row of each family that opens at token level."""
-    torch.manual_seed(0)
-    return build_model(DEBUG[request.param]).eval()
+    """The debug row of each family that opens at token level, and pieces; windows take none but whole grids."""
+    return build_small(request.param)
 
 
 def poolings() -> Iterator[object]:
     """Every isotropic family with each way to pool that its config names."""
     for name in ISOTROPIC:
-        for pool in get_args(get_type_hints(FAMILIES[name].config)["global_pool"]):
+        pools = POOLS.get(name) or get_args(get_type_hints(FAMILIES[name].config)["global_pool"])
+        for pool in pools:
             yield pytest.param((name, pool), id=f"{name}-{pool}")
 
 
@@ -121,7 +156,8 @@ def test_every_family_has_a_debug_row_first_and_a_published_row() -> None:
 def test_logits_are_the_same_twice_alone_and_in_a_batch(model: Backbone) -> None:
     x = images(model)
     logits = model(x)
-    assert logits.shape == (2, model.num_classes) and model.num_classes == model.config.num_classes
+    assert logits.shape == (2, model.num_classes or model.num_features)  # encoders have no head
+    assert model.num_classes == model.config.num_classes
     assert torch.equal(logits, model(x))
     assert torch.allclose(logits[:1], model(x[:1]), atol=1e-5)
 
@@ -134,7 +170,8 @@ def test_no_images_have_no_logits(small: Backbone) -> None:
 
 def test_one_seed_makes_one_model_however_it_is_built(small: Backbone) -> None:
     made = []
-    for build in (lambda: build_model(small.variant), lambda: type(small)(small.config)):
+    card = small.card()
+    for build in (lambda: build_from_config(small.family, card.config), lambda: type(small)(small.config)):
         torch.manual_seed(7)
         made.append(build().state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
@@ -189,7 +226,7 @@ def test_features_wrong_index_names_the_depth(small: Backbone) -> None:
 @torch.no_grad()
 def test_features_lie_where_their_pixels_lie(small: Backbone) -> None:
     """Image order: what changes in the upper right corner shows most in the upper right corner of the first map."""
-    x = images(small, batch=1)
+    x = images(small, batch=1, factor=3)  # patches that overlap, and windows, show neighbours too
     changed = x.clone()
     changed[..., :4, -4:] += 10
     before, after = (small.features(v, indices=[0], norm=False).maps[0][0] for v in (x, changed))
@@ -258,6 +295,7 @@ def test_reset_classifier_makes_a_new_head_and_keeps_the_config_true(model: Back
 
 
 def test_a_head_put_in_by_hand_counts(model: Backbone) -> None:
+    """Every head, where there are several."""
     model = copy.deepcopy(model)
     names = heads_of(model)
     model.classes = ("a",) * model.num_classes
@@ -299,7 +337,7 @@ def test_weights_of_pixels_and_tables_of_positions_are_named(model: Backbone) ->
     assert sorted(model.pixel_weights()) == sorted(changed)
     for name, table in model.position_tables().items():
         h, w = table.grid
-        rows = (2 * h - 1) * (2 * w - 1) if table.relative else table.prefix + h * w
+        rows = table.prefix + ((2 * h - 1) * (2 * w - 1) if table.relative else h * w)
         assert state[name].shape[0 if table.relative else 1] == rows
 
 
@@ -343,6 +381,7 @@ def test_export_with_a_dynamic_batch(small: Backbone) -> None:
 
 
 def test_compiles_whole_with_the_same_gradients(small: Backbone) -> None:
+    torch._dynamo.reset()  # it takes only so many networks of one class
     plain, fast = copy.deepcopy(small), copy.deepcopy(small)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     x = images(small)
@@ -389,7 +428,7 @@ def test_attention_lies_where_its_pixels_lie(attending: Backbone) -> None:
 
     Such are the first layer's class token, and, where the mean is read, the cell in the opposite corner.
     """
-    x = images(attending, batch=1)
+    x = images(attending, batch=1, factor=3)
     changed, maps = x.clone(), []
     changed[..., :4, -4:] += 10
     for image in (x, changed):
@@ -445,7 +484,10 @@ def test_padding_is_nowhere_on_a_map(pooling: Any) -> None:
         half = heat.shape[-1] // 2
         assert heat.shape[0] == len(one) and heat[..., :half].any()
         assert not heat[..., half:].any()
-    if pooling.pos_embed is None:  # then the padded image is the left half alone
+    config = pooling.config
+    if (
+        pooling.pos_embed is None and config.rope == "none" and not config.rel_pos_bias
+    ):  # then the padded image is the left half alone
         with record_attention(queries="class") as record_lone:
             pooling(lone)
         assert torch.allclose(attention_map(record.maps[0])[..., :half], attention_map(record_lone.maps[0]), atol=1e-5)
@@ -502,10 +544,8 @@ def test_rows_that_somebody_adds_are_no_image_tokens(pooling: Any) -> None:
     tokens = pooling.embed(images(pooling))
     extra = torch.randn(2, 3, tokens.x.shape[-1])
     p, pos = tokens.prefix, tokens.pos
-    more = tokens._replace(
-        x=torch.cat([tokens.x[:, :p], extra, tokens.x[:, p:]], 1), prefix=p + 3,
-        pos=torch.cat([pos[:, :p], torch.zeros(1, 3, pos.shape[-1]), pos[:, p:]], 1),
-    )  # fmt: skip
+    pos = None if pos is None else torch.cat([pos[:, :p], torch.zeros(1, 3, pos.shape[-1]), pos[:, p:]], 1)
+    more = tokens._replace(x=torch.cat([tokens.x[:, :p], extra, tokens.x[:, p:]], 1), prefix=p + 3, pos=pos)
     with record_attention() as record:
         prompted = pooling.encode(more)
     assert attention_map(record.maps[0], query=0).shape == (2, *tokens.grid)

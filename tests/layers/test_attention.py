@@ -306,7 +306,7 @@ def test_attention_equals_torch_multihead_attention() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])  # batch norm takes the length that all tokens have
 def test_query_and_key_norm_fix_the_length_of_each_head(norm: str) -> None:
     """After the norm a query is sqrt(D) long whatever came in, so scaling the projection changes nothing."""
     layer = Attention(24, 3, qk_norm=NORMS[norm]).eval()

@@ -122,8 +122,8 @@ def test_rates_reach_their_layers() -> None:
     [
         (partial(DropPath, 1.0), r"drop_path_rate must lie in \[0, 1\); got 1.0"),
         (partial(DropPath, -0.1), r"drop_path_rate must lie in \[0, 1\); got -0.1"),
-        (partial(Mlp, 6, act="gelo"), "act must be one of gelu, gelu_tanh, relu; got 'gelo': did you mean gelu"),
-        (partial(Block, 12, 3, norm="rms"), "norm must be one of layernorm, rmsnorm; got 'rms': did you mean rmsnorm"),
+        (partial(Mlp, 6, act="gelo"), "act must be one of gelu, gelu_tanh, quick_gelu, relu, silu; got 'gelo'"),
+        (partial(Block, 12, 3, norm="rms"), "norm must be one of layernorm, rmsnorm, batchnorm; got 'rms'"),
     ],
 )
 def test_wrong_pieces_say_the_rule(make: Callable[[], nn.Module], message: str) -> None:

@@ -70,7 +70,7 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="kind must be one of conv, linear; got 'lin': did you mean linear"):
+    with pytest.raises(ValueError, match="must be one of conv, linear, overlap, stem; got 'lin': did you mean linear"):
         embed(kind="lin")
 
 

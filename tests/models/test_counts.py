@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models.vit import VARIANTS, VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import VARIANTS, ViTConfig
 
 TV = "torchvision 0.29, `num_params` of the weights"
 TIMM = "timm 1.0.31, its model of this name with 1000 classes"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vitrail.layers.embed import sincos_2d
 from vitrail.models.backbone import Tokens
-from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import ViTConfig
 from vitrail.weights.load import load_model
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7)
@@ -405,9 +406,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(class_token=False), "global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'"),
     (dict(global_pool="tokens"), "global_pool must be one of token, avg, map; got 'tokens': did you mean token"),
     (dict(pos_embed="sin"), "pos_embed must be one of learn, sincos, none; got 'sin': did you mean sincos"),
-    (dict(embed="linera"), "embed must be one of conv, linear; got 'linera': did you mean linear"),
-    (dict(norm="layer_norm"), "norm must be one of layernorm, rmsnorm; got 'layer_norm': did you mean layernorm"),
-    (dict(act="geluu"), "act must be one of gelu, gelu_tanh, relu; got 'geluu': did you mean gelu"),
+    (dict(embed="linera"), "embed must be one of conv, linear, overlap, stem; got 'linera': did you mean linear"),
+    (dict(norm="layer_norm"), "norm must be one of layernorm, rmsnorm, batchnorm; got 'layer_norm': did you mean"),
+    (dict(act="geluu"), "act must be one of gelu, gelu_tanh, quick_gelu, relu, silu; got 'geluu': did you mean gelu"),
     (dict(attn="flash"), "attn must be auto, fused or eager; got 'flash'"),
     (dict(img_size=225), "img_size 225 is not divisible by patch_size 8: use 224 or 232, or dynamic_pad=True"),
     (dict(num_heads=5), "embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"),

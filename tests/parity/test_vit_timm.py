@@ -12,6 +12,7 @@ from torch import nn
 from vitrail.models.vit import VisionTransformer
 
 vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+timm_layers = pytest.importorskip("timm.layers")
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
 CASES: dict[str, dict[str, Any]] = {
@@ -34,8 +35,25 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp_ratio 1": dict(mlp_ratio=1.0),
     "no head": dict(num_classes=0),
     "another norm epsilon": dict(norm_eps=1e-2, qk_norm=True),
+    "CLIP": dict(pre_norm=True, norm_eps=1e-5),
+    "CLIP with OpenAI's activation": dict(pre_norm=True, norm_eps=1e-5, act="quick_gelu"),
+    "DINOv2": dict(init_values=0.1, num_classes=0),
+    "DINOv2's giant, with registers": dict(
+        init_values=0.1, reg_tokens=4, no_embed_class=True, mlp="swiglu_packed", act="silu", mlp_ratio=5.0
+    ),
+    "two products for gate and value": dict(mlp="swiglu", act="silu"),
+    "SigLIP": dict(class_token=False, global_pool="map", num_classes=0, mlp_ratio=3.7),
+    "norm after each branch": dict(block="respostnorm"),
 }
-ACTS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}
+ACTS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": timm_layers.QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+MLPS = {"mlp": timm_layers.Mlp, "swiglu_packed": timm_layers.SwiGLUPacked, "swiglu": timm_layers.SwiGLU}
+BLOCKS = {"prenorm": vision_transformer.Block, "respostnorm": vision_transformer.ResPostBlock}
 
 
 def randomise(model: nn.Module) -> None:
@@ -49,9 +67,13 @@ def randomise(model: nn.Module) -> None:
 def twins(**options: Any) -> tuple[VisionTransformer, nn.Module]:
     options = {**SMALL, **options}
     norm = partial(nn.LayerNorm, eps=options.get("norm_eps", 1e-6))
-    known = {name: value for name, value in options.items() if name not in ("norm_eps", "act")}
-    act = ACTS[options.get("act", "gelu")]
-    theirs = vision_transformer.VisionTransformer(**known, dynamic_img_size=True, norm_layer=norm, act_layer=act).eval()
+    known = {name: value for name, value in options.items() if name not in ("norm_eps", "act", "mlp", "block")}
+    layers = dict(
+        act_layer=ACTS[options.get("act", "gelu")],
+        mlp_layer=MLPS[options.get("mlp", "mlp")],
+        block_fn=BLOCKS[options.get("block", "prenorm")],
+    )
+    theirs = vision_transformer.VisionTransformer(**known, dynamic_img_size=True, norm_layer=norm, **layers).eval()
     randomise(theirs)
     ours = VisionTransformer(**options).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)

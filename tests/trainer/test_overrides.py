@@ -15,7 +15,7 @@ import torch
 from vitrail.data.datasets import load_splits
 from vitrail.data.imagesets import TensorSet
 from vitrail.data.loading import make_loader
-from vitrail.models.vit import ViTConfig
+from vitrail.models.vit_config import ViTConfig
 from vitrail.records import Preprocess
 from vitrail.train import engine
 from vitrail.train.claim import FolderInUse, claimed

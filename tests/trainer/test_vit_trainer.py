@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from vitrail.data.loading import get_data_loaders
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
-from vitrail.models.vit import ViTConfig
+from vitrail.models.vit_config import ViTConfig
 from vitrail.predict import Predictor
 from vitrail.records import Preprocess
 from vitrail.tasks.base import evaluate

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from vitrail.layers.linear import Linear
+from vitrail.layers.rope import Rope
 from vitrail.layers.talking import Mix, attend_in_parts, may_overwrite, mix_heads, mix_weights
 
 Kernel = Literal["auto", "fused", "eager"]
@@ -146,7 +147,8 @@ def _fused(kernel: Kernel, q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, C) -> (B, N, C).
 
-    Where only the first `rows` tokens are wanted, only they look at all: (B, N, C) -> (B, rows, C).
+    Where only the first `rows` tokens are wanted, only they look at all: (B, N, C) -> (B, rows, C). `rope` turns
+    queries and keys by their places.
     `qk_norm` makes a norm layer of a width, for queries and for keys (Dehghani et al. 2023, "Scaling ViT to 22 billion
     parameters", section 2). Raises `ValueError` if `dim` does not divide into `num_heads`.
     """
@@ -173,12 +175,15 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        layout: Layout | None = None,
+        rows: int | None = None,
+        rope: Rope | None = None,
     ) -> Tensor:
-        heads = (3, self.num_heads, x.shape[2] // self.num_heads)
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], *heads)  # (B, N, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, N, D)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = self.split(x, rope)
         dropout = self.attn_drop if self.training else 0.0
         x = attend(q, k, v, bias=bias, dropout=dropout, mix=self.mix(), layout=layout, kernel=self.attn, rows=rows)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N or rows, C)
@@ -186,6 +191,18 @@ class Attention(nn.Module):
     def mix(self) -> Mix | None:
         """How heads talk, for layers whose heads do."""
         return None
+
+    def split(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> queries, keys, values, each (B, H, N, D); queries and keys normed and turned."""
+        heads = (3, self.num_heads, x.shape[2] // self.num_heads)
+        qkv = self.project(x).reshape(x.shape[0], x.shape[1], *heads)  # (B, N, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return (q, k, v) if rope is None else (rope.turn(q), rope.turn(k), v)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, 3C)."""
+        return self.qkv(x)
 
 
 def check_heads(dim: int, num_heads: int, attn: str) -> None:

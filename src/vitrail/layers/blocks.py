@@ -1,9 +1,9 @@
-"""The pre-norm transformer block and its leaves.
+"""The pre-norm transformer block and its leaves; beside it blocks that norm elsewhere.
 
     x = x + drop_path(ls1(attention(norm1(x))))
     x = x + drop_path(ls2(mlp(norm2(x))))                 Dosovitskiy et al. 2021, eq. 2 and 3
 
-Legend: `B` batch, `N` tokens, `C` width.
+Legend: `B` batch, `N` tokens, `C` width, `F` hidden width.
 """
 
 from __future__ import annotations
@@ -19,19 +19,39 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Attention, Kernel, Layout
 from vitrail.layers.linear import Linear
+from vitrail.layers.rope import Rope
 from vitrail.names import check_choice
 
 Norm = Callable[..., nn.Module]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of every channel over all tokens of all images, and whatever else comes first: (…, C) -> (…, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 NORMS: dict[str, Norm] = {
     "layernorm": partial(nn.LayerNorm, eps=1e-6),
     "rmsnorm": partial(nn.RMSNorm, eps=1e-6),
+    "batchnorm": partial(TokenBatchNorm, eps=1e-6),
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
+    "silu": nn.SiLU,
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Mlp(nn.Module):
@@ -50,6 +70,42 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class SwiGLUPacked(nn.Module):
+    """Two linear layers with a gate between, silu(g) · x of one product: (…, C) -> (…, C), F/2 wide between.
+
+    Source: Shazeer 2020, "GLU variants improve transformer", eq. 6. The hidden width counts gate and value together.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, *, act: str = "silu", drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(in_features, hidden_features)
+        self.act = ACTIVATIONS[act]()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_features // 2, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = self.fc1(x).chunk(2, dim=-1)  # 2 x (…, F/2)
+        return self.drop(self.fc2(self.drop(self.act(gate) * x)))
+
+
+class SwiGLU(nn.Module):
+    """The same with gate and value as two products, of the hidden width each: DINOv3's larger rows."""
+
+    def __init__(self, in_features: int, hidden_features: int, *, act: str = "silu", drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1_g = Linear(in_features, hidden_features)
+        self.fc1_x = Linear(in_features, hidden_features)
+        self.act = ACTIVATIONS[act]()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1_g(x)) * self.fc1_x(x))))
+
+
+MLPS: dict[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu_packed": SwiGLUPacked, "swiglu": SwiGLU}
 
 
 class DropPath(nn.Module):
@@ -95,6 +151,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer: (B, N, C) -> (B, N, C). `init_values` turns LayerScale on.
 
+    `attention` makes its attention, `mlp` names one of `MLPS`.
     Where only the first `rows` tokens are wanted, the others are keys and values alone: (B, N, C) -> (B, rows, C).
     """
 
@@ -114,28 +171,66 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         act: str = "gelu",
         attn: Kernel = "auto",
+        mlp: str = "mlp",
+        attention: Callable[..., nn.Module] = Attention,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, NORMS)
+        check_choice("mlp", mlp, MLPS)
         make_norm = partial(NORMS[norm], eps=norm_eps)
         self.norm1 = make_norm(dim)
-        self.attn = Attention(
+        self.attn = attention(
             dim, num_heads, qkv_bias=qkv_bias, qk_norm=make_norm if qk_norm else None,
             attn_drop=attn_drop, proj_drop=proj_drop, attn=attn,
         )  # fmt: skip
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = make_norm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
+        self.mlp = MLPS[mlp](dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(
-        self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None, rows: int | None = None
-    ) -> Tensor:
-        seen = self.attn(self.norm1(x), bias=bias, layout=layout, **_asked(rows))
+    def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
+        """`told` is the attention's: `bias`, `layout`, `rope`."""
+        seen = self.attn(self.norm1(x), **told, **_asked(rows=rows))
         x = x[:, :rows] + self.drop_path1(self.ls1(seen))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PostNormBlock(Block):
+    """Norm after every sum, as in the first transformer (Vaswani et al. 2017, section 3.1): norm(x + f(x))."""
+
+    def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
+        seen = self.attn(x, **told, **_asked(rows=rows))
+        x = self.norm1(x[:, :rows] + self.drop_path1(self.ls1(seen)))
+        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+
+
+class ResPostNormBlock(Block):
+    """Norm at the end of every branch (Liu et al. 2022, Swin v2, section 3.2): x + norm(f(x))."""
+
+    def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
+        seen = self.attn(x, **told, **_asked(rows=rows))
+        x = x[:, :rows] + self.drop_path1(self.ls1(self.norm1(seen)))
+        return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+
+
+class GammaBlock(Block):
+    """A pre-norm block whose LayerScale has BEiT's names, `gamma_1` and `gamma_2`."""
+
+    def __init__(self, dim: int, num_heads: int, *, init_values: float, **rest: Any) -> None:
+        super().__init__(dim, num_heads, **rest)
+        self.init_values = init_values
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
+        seen = self.attn(self.norm1(x), **told, **_asked(rows=rows))
+        x = x[:, :rows] + self.drop_path1(self.gamma_1 * seen)
+        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+BLOCKS: dict[str, type[Block]] = {"prenorm": Block, "postnorm": PostNormBlock, "respostnorm": ResPostNormBlock}
 
 
 def run_block(
@@ -146,9 +241,12 @@ def run_block(
     bias: Tensor | None = None,
     layout: Layout | None = None,
     rows: int | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Runs a block, as `run_layer` does."""
-    return run_layer(partial(block, bias=bias, layout=layout, **_asked(rows)), x, checkpointing=checkpointing)
+    return run_layer(
+        partial(block, bias=bias, layout=layout, **_asked(rows=rows, rope=rope)), x, checkpointing=checkpointing
+    )
 
 
 def run_layer(layer: Callable[..., Tensor], *args: Any, checkpointing: bool) -> Tensor:
@@ -158,9 +256,9 @@ def run_layer(layer: Callable[..., Tensor], *args: Any, checkpointing: bool) -> 
     return layer(*args)
 
 
-def _asked(rows: int | None) -> dict[str, Any]:
-    """Who is not asked for `rows` need not know of it: blocks and attention of somebody else."""
-    return {} if rows is None else {"rows": rows}
+def _asked(**words: Any) -> dict[str, Any]:
+    """Who is not asked for `rows` or told of `rope` need not know of it: blocks and attention of somebody else."""
+    return {word: value for word, value in words.items() if value is not None}
 
 
 def is_hooked(*modules: nn.Module) -> bool:

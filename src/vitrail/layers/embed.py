@@ -10,7 +10,8 @@ Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` token grid, `N` = 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each (Dosovitskiy et al. 2021, eq. 1): (B, C_in, H, W) -> (B, N, C).
 
     `kind` "conv" is a convolution whose stride is its kernel; "linear" cuts first and multiplies after: the same
-    function with the same number of parameters. Any image size that divides into patches is taken at run time;
+    function with the same number of parameters. "overlap" lets patches share pixels, "stem" is several convolutions.
+    Any image size that divides into patches is taken at run time;
     `dynamic_pad` pads the right and lower edge with zeros where it does not. Raises `ValueError` otherwise.
     `norm` makes a norm layer of a width, for the tokens.
     """
@@ -57,6 +59,7 @@ class PatchEmbed(nn.Module):
         embed_dim: int = 768,
         *,
         kind: str = "conv",
+        bias: bool = True,
         dynamic_pad: bool = False,
         norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
@@ -64,12 +67,17 @@ class PatchEmbed(nn.Module):
         check_choice("kind", kind, PROJECTIONS)
         self.patch_size, self.in_chans, self.dynamic_pad = pair(patch_size), in_chans, dynamic_pad
         self.grid_size = self.grid(*pair(img_size))
-        self.proj = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size)
+        self.proj: Any = PROJECTIONS[kind](in_chans, embed_dim, self.patch_size, bias)
         self.norm = norm(embed_dim) if norm else nn.Identity()
 
     @property
     def num_patches(self) -> int:
         return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def pixel_weight(self) -> str:
+        """The name of the weight that takes pixels."""
+        return next(name for name, _ in self.named_parameters())
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of this size. Raises `ValueError` where it does not divide."""
@@ -146,8 +154,8 @@ def check_mask(mask: Tensor | None, images: Tensor) -> None:
 class PatchLinear(nn.Linear):
     """Patches cut out and multiplied by one matrix: (B, C_in, H, W) -> (B, C, h, w)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
-        super().__init__(in_chans * patch_size[0] * patch_size[1], embed_dim)
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], bias: bool = True) -> None:
+        super().__init__(in_chans * patch_size[0] * patch_size[1], embed_dim, bias=bias)
         self.patch_size = patch_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -156,13 +164,46 @@ class PatchLinear(nn.Linear):
         return super().forward(cut).transpose(1, 2).unflatten(2, (rows, -1))
 
 
-def _patch_conv(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Conv2d:
-    return nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+class ConvStem(nn.Sequential):
+    """Halves the image with 3 x 3 convolutions until a pixel is a patch: (B, C_in, H, W) -> (B, C, h, w).
+
+    Source: Xiao et al. 2021, "Early convolutions help transformers see better", section 4: each convolution is followed
+    by batch norm and ReLU and doubles the channels up to `embed_dim`; a 1 x 1 convolution comes last. Raises
+    `ValueError` for patches whose sides are no equal powers of 2, and for widths that do not halve so often.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], bias: bool = True) -> None:
+        halvings = patch_size[0].bit_length() - 1
+        if patch_size[0] != patch_size[1] or patch_size[0] != 2**halvings or halvings < 1:
+            raise ValueError(f"embed 'stem' halves the image: patch_size must be 2, 4, 8, 16, …; got {patch_size}")
+        if embed_dim % 2 ** (halvings - 1):
+            raise ValueError(
+                f"embed 'stem' doubles channels up to embed_dim, which must be divisible by {2 ** (halvings - 1)} for "
+                f"patches of {patch_size[0]}; got {embed_dim}"
+            )
+        widths = [in_chans, *(embed_dim >> step for step in reversed(range(halvings)))]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            conv = nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(embed_dim, embed_dim, kernel_size=1, bias=bias))
 
 
-PROJECTIONS: dict[str, Callable[[int, int, tuple[int, int]], nn.Conv2d | PatchLinear]] = {
+def _patch_conv(in_chans: int, embed_dim: int, patch_size: tuple[int, int], bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+
+
+def _overlapping_conv(in_chans: int, embed_dim: int, patch_size: tuple[int, int], bias: bool = True) -> nn.Conv2d:
+    """Kernel 2p - 1, padding p - 1, stride p (Wang et al. 2022, PVT v2, section 3.2)."""
+    kernel, padding = (2 * patch_size[0] - 1, 2 * patch_size[1] - 1), (patch_size[0] - 1, patch_size[1] - 1)
+    return nn.Conv2d(in_chans, embed_dim, kernel, stride=patch_size, padding=padding, bias=bias)
+
+
+PROJECTIONS: dict[str, Callable[[int, int, tuple[int, int], bool], nn.Module]] = {
     "conv": _patch_conv,
     "linear": PatchLinear,
+    "overlap": _overlapping_conv,
+    "stem": ConvStem,
 }
 
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.blocks import LayerScale
+from vitrail.layers.blocks import GammaBlock, LayerScale
+from vitrail.layers.relative import QVAttention
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def init_leaf(module: nn.Module) -> None:
     """What leaves begin with, whatever network they are in; others are left alone.
 
     Linear weights: `trunc_normal` of std 0.02 (DeiT, Touvron et al. 2021), biases 0. Norms: 1 and 0, running
-    statistics of a normal. LayerScale: its `init_values`.
+    statistics of a normal. LayerScale: its `init_values`. Biases of queries, values and offsets: 0.
     """
     if isinstance(module, nn.Linear):
         trunc_normal(module.weight, 0.02)
@@ -30,5 +31,11 @@ def init_leaf(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, LayerScale):
         nn.init.constant_(module.gamma, module.init_values)
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d | nn.GroupNorm):
+    elif isinstance(module, GammaBlock):
+        nn.init.constant_(module.gamma_1, module.init_values)
+        nn.init.constant_(module.gamma_2, module.init_values)
+    elif isinstance(module, QVAttention):
+        for bias in module.biases():
+            nn.init.zeros_(bias)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm):
         module.reset_parameters()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vitrail import folder
 from vitrail.layers.embed import Filter, Size, pair
+from vitrail.layers.rope import Rope
 from vitrail.layers.tokens import as_map, keep_tokens
 from vitrail.records import ModelCard, Preprocess
 
@@ -61,6 +62,8 @@ class Tokens(NamedTuple):
     """(B, N) true where a patch holds nothing but padded pixels; None where no pixel is padded"""
     cells: Tensor | None = None
     """(B, N) which cell of the grid each image token is, in raster order; None for all cells, N = h * w"""
+    rope: Rope | None = None
+    """by how much the queries and keys of the image tokens are turned; None in a network without rotary positions"""
 
     @property
     def shown(self) -> Tensor | None:
@@ -85,6 +88,7 @@ class Tokens(NamedTuple):
             x=keep_tokens(self.x, keep, self.prefix),
             padding=None if self.padding is None else self.padding.gather(1, keep),
             cells=keep if self.cells is None else self.cells.gather(1, keep),
+            rope=None if self.rope is None else self.rope.kept(keep),
         )
 
 
@@ -106,9 +110,9 @@ class PositionTable(NamedTuple):
     grid: tuple[int, int]
     """h, w of the cells it has a row for; of a relative table, of the window whose offsets it has a row for"""
     prefix: int = 0
-    """rows before those of the grid"""
+    """rows before those of the grid; of a relative table, after them"""
     relative: bool = False
-    """(2h - 1)(2w - 1) rows of offsets in a window, one column a head, in place of (1, prefix + h·w, C)"""
+    """(2h - 1)(2w - 1) + prefix rows of offsets in a window, one column a head, in place of (1, prefix + h·w, C)"""
     filter: Filter = "bicubic"
     """how this family resizes it"""
 

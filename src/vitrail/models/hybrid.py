@@ -17,15 +17,15 @@ Legend: `B` batch, `C_in` channels of an image, `H`, `W` pixels, `N` image token
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, check_channels, pair
-from vitrail.models.config import check_least, choose, family_config
-from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.models.config import check_least, family_config
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import ViTConfig
 
 GROUPS = 32
 """of every group norm (Wu & He 2018)"""
@@ -182,11 +182,12 @@ class HybridEmbed(PatchEmbed):
         pixels = (stride * self.cells[0], stride * self.cells[1])
         super().__init__(c.img_size, pixels, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad)
         self.backbone = backbone
-        self.proj = PROJECTIONS[c.embed](channels, c.embed_dim, self.cells)
+        self.proj = PROJECTIONS[c.embed](channels, c.embed_dim, self.cells, True)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(self.backbone(self.padded(images))).flatten(2).transpose(1, 2)  # (B, N, C)
 
+    @property
     def pixel_weight(self) -> str:
         """The name of the weight that takes pixels: the CNN's first convolution's."""
         names = (name for name, part in self.backbone.named_modules() if isinstance(part, nn.Conv2d))
@@ -226,11 +227,9 @@ class HybridViT(VisionTransformer):
     """
 
     family = "hybrid"
+    config_class = HybridConfig
     config: HybridConfig
     patch_embed: HybridEmbed
-
-    def __init__(self, config: HybridConfig | None = None, **fields: Any) -> None:
-        super().__init__(choose(HybridConfig, config, fields))
 
     def _make_patch_embed(self) -> HybridEmbed:
         c = self.config
@@ -241,6 +240,3 @@ class HybridViT(VisionTransformer):
         """`VisionTransformer`'s laws, and those of `HybridEmbed.init_backbone`."""
         super().init_weights()
         self.patch_embed.init_backbone()
-
-    def pixel_weights(self) -> list[str]:
-        return [f"patch_embed.{self.patch_embed.pixel_weight()}"]

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from vitrail.layers.embed import Size, pair
 from vitrail.models.backbone import usual_preprocess
-from vitrail.models.config import check_least, choose, family_config
+from vitrail.models.config import check_least, family_config
 from vitrail.models.hybrid import HybridEmbed
-from vitrail.models.vit import VisionTransformer, ViTConfig
+from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit_config import ViTConfig
 from vitrail.names import check_choice
 
 CELLS = 14
@@ -172,12 +173,13 @@ class HybridCNNViT(VisionTransformer):
     """
 
     family = "hybrid_cnn"
+    config_class = HybridCNNConfig
     config: HybridCNNConfig
     patch_embed: HybridEmbed
 
     def __init__(self, config: HybridCNNConfig | None = None, **fields: Any) -> None:
-        super().__init__(c := choose(HybridCNNConfig, config, fields))
-        self.preprocess = usual_preprocess(c.img_size, c.in_chans)
+        super().__init__(config, **fields)
+        self.preprocess = usual_preprocess(self.config.img_size, self.config.in_chans)
 
     def _make_patch_embed(self) -> HybridEmbed:
         c = self.config
@@ -193,6 +195,3 @@ class HybridCNNViT(VisionTransformer):
         for name, value in self.patch_embed.backbone.named_parameters():
             if name.endswith("layer_scale"):
                 nn.init.constant_(value, 1e-6)
-
-    def pixel_weights(self) -> list[str]:
-        return [f"patch_embed.{self.patch_embed.pixel_weight()}"]

@@ -12,7 +12,23 @@ from typing import Any, NamedTuple
 import torch
 
 from vitrail.layers.embed import pair
-from vitrail.models import cait, cnn, convnext, crossvit, hybrid, hybrid_cnn, pvt, pvt_v2, swin, vit
+from vitrail.models import (
+    beit,
+    cait,
+    cnn,
+    convnext,
+    crossvit,
+    deit,
+    encoders,
+    eva,
+    hybrid,
+    hybrid_cnn,
+    pvt,
+    pvt_v2,
+    swin,
+    vit,
+    vit_config,
+)  # fmt: skip
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import spelled
 from vitrail.names import MODEL_SPELLINGS, nearest
@@ -29,7 +45,10 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
-    "vit": Family(vit.VisionTransformer, vit.ViTConfig, vit.VARIANTS),
+    "vit": Family(vit.VisionTransformer, vit_config.ViTConfig, vit_config.VARIANTS | encoders.ENCODERS),
+    "deit": Family(deit.DeiT, deit.DeiTConfig, deit.VARIANTS),
+    "beit": Family(beit.Beit, beit.BeitConfig, beit.VARIANTS),
+    "eva": Family(eva.Eva, eva.EvaConfig, eva.VARIANTS),
     "hybrid": Family(hybrid.HybridViT, hybrid.HybridConfig, hybrid.VARIANTS),
     "hybrid_cnn": Family(hybrid_cnn.HybridCNNViT, hybrid_cnn.HybridCNNConfig, hybrid_cnn.VARIANTS),
     "swin": Family(swin.SwinTransformer, swin.SwinConfig, swin.VARIANTS),

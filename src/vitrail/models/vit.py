@@ -16,130 +16,31 @@ Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `P` prefix tokens (class, r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Attention, Kernel, Layout
-from vitrail.layers.blocks import ACTIVATIONS, NORMS, Block, drop_path_rates, is_hooked, run_block
-from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, check_mask, pair, resize_positions, sincos_2d
+from vitrail.layers.attention import Attention, Layout
+from vitrail.layers.blocks import BLOCKS, NORMS, GammaBlock, drop_path_rates, is_hooked, run_block
+from vitrail.layers.embed import PatchEmbed, PatchLinear, check_mask, pair, resize_positions, sincos_2d
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
+from vitrail.layers.local import LocalAttention
+from vitrail.layers.relative import PREFIX_ROWS, QVAttention, RelativeAttention
+from vitrail.layers.rope import ROPES, Rope
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once
-from vitrail.models.config import check_least, check_rates, choose, family_config
-from vitrail.names import check_choice
+from vitrail.models.config import choose
+from vitrail.models.vit_config import ViTConfig
 from vitrail.records import Preprocess
 
-PAIRS = ("img_size", "patch_size")
-LEAST = {**dict.fromkeys((*PAIRS, "embed_dim", "depth", "num_heads", "in_chans"), 1), "num_classes": 0, "reg_tokens": 0}
-
-
-@family_config
-class ViTConfig:
-    """Every knob of a Vision Transformer. Defaults are ViT-B/16 at 224 pixels."""
-
-    img_size: Size = 224
-    """pixels, or (height, width); other sizes work at run time"""
-    patch_size: Size = 16
-    """pixels, or (height, width)"""
-    in_chans: int = 3
-    num_classes: int = 1000
-    """0 leaves the head out"""
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    """norm queries and keys per head"""
-    init_values: float | None = None
-    """LayerScale's first value; None leaves LayerScale out"""
-    class_token: bool = True
-    reg_tokens: int = 0
-    """registers (Darcet et al. 2024)"""
-    no_embed_class: bool = False
-    """class and register tokens get no position"""
-    pos_embed: Literal["learn", "sincos", "none"] = "learn"
-    embed: Literal["conv", "linear"] = "conv"
-    """how patches are projected"""
-    global_pool: Literal["token", "avg", "map"] = "token"
-    """class token, mean of image tokens, or attention pooling"""
-    fc_norm: bool | None = None
-    """norm after pooling, not before; None: only for mean pooling"""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-6
-    """CLIP has 1e-5, transformers' ViT 1e-12"""
-    act: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
-    drop_rate: float = 0.0
-    """dropout before the head"""
-    pos_drop_rate: float = 0.0
-    """dropout after positions are added"""
-    proj_drop_rate: float = 0.0
-    """dropout after every projection in a block"""
-    attn_drop_rate: float = 0.0
-    """dropout of attention weights"""
-    drop_path_rate: float = 0.0
-    """stochastic depth of the last block; grows linearly from 0"""
-    dynamic_pad: bool = False
-    """pad images that do not divide into patches"""
-    attn: Kernel = "auto"
-    """attention kernel: auto, fused (SDPA), eager (matmul and softmax)"""
-
-    def __post_init__(self) -> None:
-        for name in PAIRS:
-            object.__setattr__(self, name, pair(getattr(self, name)))
-        words = {"pos_embed": ("learn", "sincos", "none"), "global_pool": ("token", "avg", "map")}
-        tables = {"embed": tuple(PROJECTIONS), "norm": tuple(NORMS), "act": tuple(ACTIVATIONS)}
-        for name, allowed in (words | tables).items():
-            check_choice(name, getattr(self, name), allowed)
-        check_least(self, LEAST)
-        check_rates(self)
-        if int(self.embed_dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
-        if self.global_pool == "token" and not self.class_token:
-            raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")
-
-
-def _row(size: int, patch: int, dim: int, depth: int, heads: int, ratio: float = 4.0, classes: int = 1000) -> ViTConfig:
-    return ViTConfig(
-        img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio,
-        num_classes=classes,
-    )  # fmt: skip
-
-
-# fmt: off
-VARIANTS: dict[str, ViTConfig] = {
-    #                                    img  patch  width depth heads
-    "vit_debug":                    _row( 32,     8,   48,    3,    3, classes=10),
-    "vit_tiny_patch16_224":         _row(224,    16,  192,   12,    3),
-    "vit_tiny_patch16_384":         _row(384,    16,  192,   12,    3),
-    "vit_small_patch16_224":        _row(224,    16,  384,   12,    6),
-    "vit_small_patch32_224":        _row(224,    32,  384,   12,    6),
-    "vit_small_patch16_384":        _row(384,    16,  384,   12,    6),
-    "vit_small_patch32_384":        _row(384,    32,  384,   12,    6),
-    "vit_small_depth6_patch16_224": _row(224,    16,  384,    6,    6),
-    "vit_base_patch16_224":         _row(224,    16,  768,   12,   12),
-    "vit_base_patch32_224":         _row(224,    32,  768,   12,   12),
-    "vit_base_patch16_384":         _row(384,    16,  768,   12,   12),
-    "vit_base_patch32_384":         _row(384,    32,  768,   12,   12),
-    "vit_large_patch16_224":        _row(224,    16, 1024,   24,   16),
-    "vit_large_patch32_224":        _row(224,    32, 1024,   24,   16),
-    "vit_large_patch16_384":        _row(384,    16, 1024,   24,   16),
-    "vit_large_patch32_384":        _row(384,    32, 1024,   24,   16),
-    "vit_huge_patch14_224":         _row(224,    14, 1280,   32,   16),
-    # small images
-    "vit_tiny_patch4_32":           _row( 32,     4,  192,    6,    3, classes=10),
-    "vit_tiny_mlp1_patch4_32":      _row( 32,     4,  192,    6,    3, ratio=1.0, classes=10),
-    "vit_small_patch4_32":          _row( 32,     4,  256,    7,    4, classes=10),
-    "vit_base_patch4_32":           _row( 32,     4,  512,    8,    8, classes=10),
-    "vit_nano_patch8_64":           _row( 64,     8,  128,    6,    4, classes=10),
-}
-# fmt: on
+KNOWN_BLOCKS = {*BLOCKS.values(), GammaBlock}
+KNOWN_ATTENTIONS = {Attention, QVAttention, RelativeAttention}
+"""of these it is known that they make the first tokens alone, and those as if they had made all"""
 
 
 class VisionTransformer(Backbone):
@@ -149,27 +50,70 @@ class VisionTransformer(Backbone):
     """
 
     family = "vit"
+    config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    prefix_names: ClassVar[tuple[str, ...]] = ("cls_token", "reg_token")
+    """learned tokens before those of the image, in their order; each (1, n, C) or None"""
 
     def __init__(self, config: ViTConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        self.config = c = choose(ViTConfig, config, fields)
-        self.num_features, self.num_prefix_tokens = c.embed_dim, int(c.class_token) + c.reg_tokens
+        self.config = c = choose(self.config_class, config, fields)
+        self.num_features = c.embed_dim
         self.preprocess = Preprocess(img_size=pair(c.img_size), mean=(0.5,) * c.in_chans, std=(0.5,) * c.in_chans)
         with drawn_once(self):
             self.patch_embed = self._make_patch_embed()
-            self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
-            self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
+            self._make_prefix()
             self._make_positions()
             self.pos_drop = nn.Dropout(c.pos_drop_rate)
-            self.blocks = nn.ModuleList(_block(c, rate) for rate in drop_path_rates(c.drop_path_rate, c.depth))
+            self.norm_pre = NORMS[c.norm](c.embed_dim, eps=c.norm_eps) if c.pre_norm else nn.Identity()
+            rates = drop_path_rates(c.drop_path_rate, 1 if c.shared_blocks else c.depth)
+            self.blocks = nn.ModuleList(self._make_block(index, rate) for index, rate in enumerate(rates))
             self._make_head()
         self.grad_checkpointing = False
         rows, columns = self.patch_embed.patch_size
-        self.feature_info = [FeatureInfo(c.embed_dim, rows, f"blocks.{i}", columns) for i in range(c.depth)]
+        names = ["blocks.0" if c.shared_blocks else f"blocks.{i}" for i in range(c.depth)]
+        self.feature_info = [FeatureInfo(c.embed_dim, rows, name, columns) for name in names]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P: class token, registers and the like."""
+        return sum(token.shape[1] for token in self._prefix().values())
+
+    def _prefix(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in self.prefix_names}
+        return {name: token for name, token in named.items() if token is not None}
+
+    def _make_prefix(self) -> None:
+        c = self.config
+        self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim)) if c.class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
+
+    def _make_block(self, index: int, drop_path: float) -> nn.Module:
+        c = self.config
+        return BLOCKS[c.block](**self._block_parts(index, drop_path), init_values=c.init_values)
+
+    def _block_parts(self, index: int, drop_path: float) -> dict[str, Any]:
+        """What blocks of every kind are made of."""
+        c = self.config
+        return dict(
+            dim=c.embed_dim, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
+            proj_drop=c.proj_drop_rate, attn_drop=c.attn_drop_rate, drop_path=drop_path, norm=c.norm,
+            norm_eps=c.norm_eps, act=c.act, attn=c.attn, mlp=c.mlp, attention=self._attention(index),
+        )  # fmt: skip
+
+    def _attention(self, index: int) -> Callable[..., nn.Module]:
+        c = self.config
+        if c.rel_pos_bias:
+            return partial(RelativeAttention, grid=self.patch_embed.grid_size)
+        if c.window_size and index not in c.global_blocks:
+            return partial(LocalAttention, window=c.window_size)
+        return Attention
 
     def _make_patch_embed(self) -> PatchEmbed:
         c = self.config
-        return PatchEmbed(c.img_size, c.patch_size, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad)
+        return PatchEmbed(
+            c.img_size, c.patch_size, c.in_chans, c.embed_dim,
+            kind=c.embed, bias=not c.pre_norm, dynamic_pad=c.dynamic_pad,
+        )  # fmt: skip
 
     def _make_positions(self) -> None:
         c = self.config
@@ -199,9 +143,19 @@ class VisionTransformer(Backbone):
         check_mask(mask, images)
         patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None].bool(), 0))
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
-        prefix = [t.expand(images.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [token.expand(images.shape[0], -1, -1) for token in self._prefix().values()]
         padding = None if mask is None else self.patch_embed.padding(mask)
-        return Tokens(torch.cat([*prefix, patches], dim=1), self.positions(grid), grid, self.num_prefix_tokens, padding)
+        x = torch.cat([*prefix, patches], dim=1)
+        return Tokens(
+            x, self.positions(grid), grid, self.num_prefix_tokens, padding, rope=self.rotation(grid, x.device)
+        )
+
+    def rotation(self, grid: tuple[int, int], device: torch.device) -> Rope | None:
+        """The rotary positions of a grid's image tokens; None for a model without."""
+        c = self.config
+        make = ROPES.get(c.rope)
+        ref = None if c.ref_feat_shape is None else pair(c.ref_feat_shape)
+        return None if make is None else make(grid, c.embed_dim // c.num_heads, device, ref)
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """(1, P + N, C) for this grid, zero where a token has no position; None for a model without positions."""
@@ -233,36 +187,56 @@ class VisionTransformer(Backbone):
         """The tokens after the last of `blocks`, the first `rows` of them, and their x after each block in `taps`."""
         tokens = tokens.placed(self.pos_drop)
         tokens = tokens if keep is None else tokens.kept(keep)
+        self._check_whole(tokens)
         x, seen = tokens.x, {}
         bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
-        readout = (0,) if self.config.global_pool == "token" else ()
+        rope = None if tokens.rope is None else tokens.rope.behind(tokens.prefix)
         shown = tokens.shown
-        layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=readout)
-        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
-        stack = list(self.blocks)
+        layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=self._readout())
+        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout, rope=rope)
+        stack = list(self.blocks) * (self.config.depth if self.config.shared_blocks else 1)
         for index in range(len(stack))[blocks]:
+            x = self.norm_pre(x) if index == 0 else x
             x = run(stack[index], x, rows=rows if index == len(stack) - 1 else None)
             if index in taps:
                 seen[index] = x
         return tokens._replace(x=x), seen
+
+    def _check_whole(self, tokens: Tokens) -> None:
+        if self.config.window_size and tokens.cells is not None:
+            raise ValueError(
+                f"windows are cut from a whole grid; got a choice of {tokens.cells.shape[1]} tokens: keep all, or "
+                "take a network with window_size=0"
+            )
+
+    def _readout(self) -> tuple[int, ...]:
+        """The rows that the head reads, () for the mean of the image tokens."""
+        return (0,) if self.config.global_pool == "token" else ()
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens whose x (B, P + N, C) is normed unless the norm comes after pooling."""
         return self.encode(self.embed(images, mask))
 
     def _read(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """The last block makes only the class token, where that is all the head reads and no hook looks at the rest.
+        """The last block makes only the tokens that the head reads, where nothing and nobody looks at the rest.
 
-        Not where dropout would draw otherwise in training, nor in families that may read more: they say it themselves.
+        Not where dropout would draw otherwise in training or batch norm would take the mean of others.
         """
-        c = self.config
-        dropping = self.training and (c.proj_drop_rate or c.attn_drop_rate)
-        last = self.blocks[-1] if type(self) is VisionTransformer and len(self.blocks) else self
-        known = type(last) is Block and type(last.attn) is Attention
-        if c.global_pool != "token" or dropping or not known or is_hooked(last, self.norm):
+        rows = self._rows_read() if "_rows_read" in vars(type(self)) else None
+        last = self.blocks[-1] if len(self.blocks) else self
+        c, known = self.config, type(last) in KNOWN_BLOCKS and type(last.attn) in KNOWN_ATTENTIONS
+        drawing = self.training and (c.proj_drop_rate or c.attn_drop_rate or c.norm == "batchnorm")
+        if rows is None or drawing or not known or is_hooked(last, self.norm):
             return self.forward_features(images, mask)
-        tokens = self._through(self.embed(images, mask), rows=1)[0]
+        tokens = self._through(self.embed(images, mask), rows=rows)[0]
         return tokens._replace(x=self.norm(tokens.x))
+
+    def _rows_read(self) -> int | None:
+        """How many of the first rows are all that the head reads; None for more.
+
+        It holds for the class that says it, not for those made of it: they may read more.
+        """
+        return 1 if self.config.global_pool == "token" else None
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` or `encode` -> logits (B, K), or (B, C) with `pre_logits`."""
@@ -308,7 +282,7 @@ class VisionTransformer(Backbone):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none), initialised by its law; `classes` is emptied."""
-        like = self.patch_embed.proj.weight
+        like = next(self.patch_embed.parameters())
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
         self.head = Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         init_leaf(self.head)
@@ -329,15 +303,15 @@ class VisionTransformer(Backbone):
         """
         for module in self.modules():
             init_leaf(module)
-        projection = self.patch_embed.proj
-        trunc_normal(projection.weight, projection.weight[0].numel() ** -0.5)
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
+        for module in self.patch_embed.modules():
+            if isinstance(module, nn.Conv2d | PatchLinear):
+                trunc_normal(module.weight, module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.attn_pool is not None:
             trunc_normal(self.attn_pool.latent, self.num_features**-0.5)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
+        for token in self._prefix().values():
+            nn.init.normal_(token, std=1e-6)
         self._init_positions()
 
     def _init_positions(self) -> None:
@@ -351,22 +325,23 @@ class VisionTransformer(Backbone):
             self.pos_embed.copy_(nn.functional.pad(waves, (0, 0, prefix, 0)))
 
     def position_tables(self) -> dict[str, PositionTable]:
-        if self.config.pos_embed != "learn":
-            return {}
-        prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
-        return {"pos_embed": PositionTable(self.patch_embed.grid_size, prefix)}
+        grid, c = self.patch_embed.grid_size, self.config
+        offsets = PositionTable(grid, PREFIX_ROWS, relative=True)
+        tables = {name: offsets for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        added = PositionTable(grid, 0 if c.no_embed_class else self.num_prefix_tokens)
+        return ({"pos_embed": added} if c.pos_embed == "learn" else {}) | tables
 
     def pixel_weights(self) -> list[str]:
-        return ["patch_embed.proj.weight"]
+        return [f"patch_embed.{self.patch_embed.pixel_weight}"]
 
     def no_weight_decay(self) -> set[str]:
-        names = ("pos_embed", "cls_token", "reg_token", "attn_pool.latent")
+        names = {"pos_embed", "attn_pool.latent", *self.prefix_names, *self.position_tables()}
         return {name for name, _ in self.named_parameters() if name in names}
 
     def layer_groups(self) -> list[list[str]]:
         """Embedding, then each block, then norm, pooling and head."""
         groups: list[list[str]] = [[] for _ in range(len(self.blocks) + 2)]
-        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed")
+        stem = ("patch_embed", "pos_embed", "norm_pre", *self.prefix_names)
         for name, _ in self.named_parameters():
             part, _, rest = name.partition(".")
             depth = int(rest.partition(".")[0]) + 1 if part == "blocks" else 0 if part in stem else -1
@@ -375,11 +350,3 @@ class VisionTransformer(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-
-def _block(c: ViTConfig, drop_path: float) -> Block:
-    return Block(
-        c.embed_dim, c.num_heads, mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
-        init_values=c.init_values, proj_drop=c.proj_drop_rate, attn_drop=c.attn_drop_rate, drop_path=drop_path,
-        norm=c.norm, norm_eps=c.norm_eps, act=c.act, attn=c.attn,
-    )  # fmt: skip

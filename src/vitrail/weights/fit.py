@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.embed import resize_positions, resize_relative_bias
+from vitrail.layers.relative import resize_relative
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.names import check_choice
 from vitrail.weights.read import CheckpointError
@@ -161,14 +162,15 @@ def guessed_table(table: Tensor, like: PositionTable) -> PositionTable | None:
     if table.ndim != (2 if like.relative else 3):
         return None
     rows = table.shape[0 if like.relative else 1]
-    side = (math.isqrt(rows) + 1) // 2 if like.relative else math.isqrt(max(0, rows - like.prefix))
+    side = math.isqrt(max(0, rows - like.prefix))
+    side = (side + 1) // 2 if like.relative else side
     square = like._replace(grid=(side, side))
     return next((made for made in (like, square) if side and _rows(made) == rows), None)
 
 
 def _rows(table: PositionTable) -> int:
     h, w = table.grid
-    return (2 * h - 1) * (2 * w - 1) if table.relative else table.prefix + h * w
+    return table.prefix + ((2 * h - 1) * (2 * w - 1) if table.relative else h * w)
 
 
 def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
@@ -177,7 +179,7 @@ def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
         return table
     if not new.relative:
         return resize_positions(table, old.grid, new.grid, new.prefix, filter=new.filter)
-    return resize_relative_bias(table, old.grid, new.grid)
+    return (resize_relative if new.prefix else resize_relative_bias)(table, old.grid, new.grid)
 
 
 # ---- pixels

@@ -35,6 +35,13 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "flat": lambda x: x.flatten(),
     "kernel": _conv,  # (p, q, C_in, C) -> (C, C_in, p, q)
     "columns": lambda x: x.transpose(0, 1),
+    "token": lambda x: x.reshape(1, 1, -1),  # (C,) -> (1, 1, C)
+    "table": lambda x: x[None],  # (N, C) -> (1, N, C)
+    "first third": lambda x: x[: len(x) // 3],  # of queries, keys and values: the queries
+    "last thirds": lambda x: x[len(x) // 3 :],
+    "last third": lambda x: x[2 * len(x) // 3 :],
+    "zeros": lambda x: x.new_zeros(len(x)),  # a matrix that has no bias there -> the bias it has here
+    "zeros of columns": lambda x: x.new_zeros(x.shape[1]),
 }
 """their layout -> ours"""
 BACK: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,6 +74,8 @@ class KeyMap:
     """names, as in `Row.theirs`, that tell this layout from every other: each is there"""
     drop: tuple[str, ...] = ()
     """patterns of their names for which this package has no use: derived tables, decoders, projection heads"""
+    after: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    """what names alone cannot say, done to the tensors under our names"""
 
     def knows(self, names: Iterable[str]) -> bool:
         """Whether names of tensors are of this layout."""
@@ -90,7 +99,7 @@ class KeyMap:
         for (ours, n), parts in pieces.items():
             name = ours if len(parts) == n else f"{ours} ({len(parts)} of its {n} parts)"
             made[name] = torch.cat([parts[k] for k in sorted(parts)]) if n > 1 else parts[0]
-        return made
+        return self.after(made)
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors by their names, cut into their pieces. What no row names keeps its own."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vitrail.weights.keymap import KeyMap
-from vitrail.weights.keymaps import convnext, crossvit, hybrid, pvt, pvt_v2, swin, vit
+from vitrail.weights.keymaps import convnext, crossvit, deit, encoders, hybrid, pvt, pvt_v2, swin, vit
 
 KEYMAPS: tuple[KeyMap, ...] = (
     *vit.KEYMAPS,
+    *deit.KEYMAPS,
+    *encoders.KEYMAPS,
     *hybrid.KEYMAPS,
     *swin.KEYMAPS,
     *pvt.KEYMAPS,

@@ -1,0 +1,228 @@
+"""Names of encoders: transformers' DINOv2, DINOv3, SigLIP, CLIP, BEiT; OpenAI's CLIP; Meta's DINOv2 and DINOv3.
+
+DINOv2 adds the class token's position to it before the registers come between; here (as in timm) that sum is the class
+token, and positions are those of patches alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitrail.weights.keymap import KeyMap, Row
+
+
+def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With registers, the class token's position in the class token."""
+    if not {"reg_token", "cls_token", "pos_embed"} <= tensors.keys():
+        return tensors
+    pos = tensors["pos_embed"]
+    return tensors | {"cls_token": tensors["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
+
+
+def _heads(*theirs: str) -> tuple[Row, ...]:
+    """Three layers, for queries, keys and values, that are one of ours."""
+    return tuple(Row(name, "blocks.{i}.attn.qkv.{w}", (k, 3)) for k, name in enumerate(theirs))
+
+
+def _plain_mlp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where there is no gate, what DINOv3's `up_proj` names is the first layer."""
+    if any(".fc1_g." in name for name in tensors):
+        return tensors
+    return {name.replace(".fc1_x.", ".fc1."): tensor for name, tensor in tensors.items()}
+
+
+ROOT = "[dinov2.][dinov2_with_registers.]"
+V2 = f"{ROOT}encoder.layer.{{i}}"
+DINOV2 = KeyMap(
+    source="transformers' DINOv2",
+    family="vit",
+    rows=(
+        Row(f"{ROOT}embeddings.cls_token", "cls_token"),
+        Row(f"{ROOT}embeddings.register_tokens", "reg_token"),
+        Row(f"{ROOT}embeddings.position_embeddings", "pos_embed"),
+        Row(f"{ROOT}embeddings.patch_embeddings.projection.{{w}}", "patch_embed.proj.{w}"),
+        *_heads(*(f"{V2}.attention.attention.{name}.{{w}}" for name in ("query", "key", "value"))),
+        Row(f"{V2}.attention.output.dense.{{w}}", "blocks.{i}.attn.proj.{w}"),
+        Row(f"{V2}.norm1.{{w}}", "blocks.{i}.norm1.{w}"),
+        Row(f"{V2}.norm2.{{w}}", "blocks.{i}.norm2.{w}"),
+        Row(f"{V2}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
+        Row(f"{V2}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
+        Row(f"{V2}.mlp.fc1.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{V2}.mlp.fc2.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row(f"{V2}.mlp.weights_in.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{V2}.mlp.weights_out.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row(f"{ROOT}layernorm.{{w}}", "norm.{w}"),
+    ),
+    marks=(f"{V2}.layer_scale1.lambda1", f"{V2}.norm1.weight", f"{V2}.attention.attention.query.weight"),
+    drop=(f"{ROOT}embeddings.mask_token",),
+    after=_folded,
+)
+META_DINOV2 = KeyMap(
+    source="Meta's DINOv2",
+    family="vit",
+    rows=(
+        Row("register_tokens", "reg_token"),
+        Row("blocks.{i}.mlp.w12.{w}", "blocks.{i}.mlp.fc1.{w}"),
+        Row("blocks.{i}.mlp.w3.{w}", "blocks.{i}.mlp.fc2.{w}"),
+    ),
+    marks=("mask_token", "blocks.{i}.ls1.gamma", "pos_embed"),
+    drop=("mask_token",),
+    after=_folded,
+)
+DINOV3 = KeyMap(
+    source="transformers' DINOv3",
+    family="eva",
+    rows=(
+        Row("[model.]embeddings.cls_token", "cls_token"),
+        Row("[model.]embeddings.register_tokens", "reg_token"),
+        Row("[model.]embeddings.patch_embeddings.{w}", "patch_embed.proj.{w}"),
+        Row("[model.]layer.{i}.attention.q_proj.weight", "blocks.{i}.attn.qkv.weight", (0, 3)),
+        Row("[model.]layer.{i}.attention.k_proj.weight", "blocks.{i}.attn.qkv.weight", (1, 3)),
+        Row("[model.]layer.{i}.attention.v_proj.weight", "blocks.{i}.attn.qkv.weight", (2, 3)),
+        Row("[model.]layer.{i}.attention.q_proj.bias", "blocks.{i}.attn.q_bias"),
+        Row("[model.]layer.{i}.attention.v_proj.bias", "blocks.{i}.attn.v_bias"),
+        Row("[model.]layer.{i}.attention.o_proj.{w}", "blocks.{i}.attn.proj.{w}"),
+        Row("[model.]layer.{i}.norm1.{w}", "blocks.{i}.norm1.{w}"),
+        Row("[model.]layer.{i}.norm2.{w}", "blocks.{i}.norm2.{w}"),
+        Row("[model.]layer.{i}.layer_scale1.lambda1", "blocks.{i}.gamma_1"),
+        Row("[model.]layer.{i}.layer_scale2.lambda1", "blocks.{i}.gamma_2"),
+        Row("[model.]layer.{i}.mlp.gate_proj.{w}", "blocks.{i}.mlp.fc1_g.{w}"),
+        Row("[model.]layer.{i}.mlp.up_proj.{w}", "blocks.{i}.mlp.fc1_x.{w}"),
+        Row("[model.]layer.{i}.mlp.down_proj.{w}", "blocks.{i}.mlp.fc2.{w}"),
+        Row("[model.]norm.{w}", "norm.{w}"),
+    ),
+    marks=("[model.]layer.{i}.layer_scale1.lambda1", "[model.]layer.{i}.attention.q_proj.weight"),
+    drop=("[model.]embeddings.mask_token",),
+    after=_plain_mlp,
+)
+META_DINOV3 = KeyMap(
+    source="Meta's DINOv3",
+    family="eva",
+    rows=(
+        Row("storage_tokens", "reg_token"),
+        Row("blocks.{i}.attn.qkv.bias", "blocks.{i}.attn.q_bias", form="first third"),
+        Row("blocks.{i}.attn.qkv.bias", "blocks.{i}.attn.v_bias", form="last third"),
+        Row("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
+        Row("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
+        Row("blocks.{i}.mlp.w1.{w}", "blocks.{i}.mlp.fc1_g.{w}"),
+        Row("blocks.{i}.mlp.w2.{w}", "blocks.{i}.mlp.fc1_x.{w}"),
+        Row("blocks.{i}.mlp.w3.{w}", "blocks.{i}.mlp.fc2.{w}"),
+    ),
+    marks=("storage_tokens", "blocks.{i}.attn.qkv.weight"),
+    drop=("mask_token", "rope_embed.periods", "blocks.{i}.attn.qkv.bias_mask", "local_cls_norm.{w}"),
+)
+CLIP_LAYER = "[vision_model.]encoder.layers.{i}"
+
+
+def _clip_blocks() -> tuple[Row, ...]:
+    """The layers of transformers' CLIP and SigLIP."""
+    return (
+        *_heads(*(f"{CLIP_LAYER}.self_attn.{name}_proj.{{w}}" for name in "qkv")),
+        Row(f"{CLIP_LAYER}.self_attn.out_proj.{{w}}", "blocks.{i}.attn.proj.{w}"),
+        Row(f"{CLIP_LAYER}.layer_norm1.{{w}}", "blocks.{i}.norm1.{w}"),
+        Row(f"{CLIP_LAYER}.layer_norm2.{{w}}", "blocks.{i}.norm2.{w}"),
+        Row(f"{CLIP_LAYER}.mlp.fc1.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{CLIP_LAYER}.mlp.fc2.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row("[vision_model.]embeddings.patch_embedding.{w}", "patch_embed.proj.{w}"),
+        Row("[vision_model.]embeddings.position_embedding.weight", "pos_embed", form="table"),
+        Row("[vision_model.]post_layernorm.{w}", "norm.{w}"),
+    )
+
+
+OTHER_TOWER = ("text_model.{w}", "text_projection.{w}", "logit_scale", "logit_bias")
+POSITION_IDS = "[vision_model.]embeddings.position_ids"
+CLIP = KeyMap(
+    source="transformers' CLIP",
+    family="vit",
+    rows=(
+        *_clip_blocks(),
+        Row("[vision_model.]embeddings.class_embedding", "cls_token", form="token"),
+        Row("[vision_model.]pre_layrnorm.{w}", "norm_pre.{w}"),
+        Row("visual_projection.weight", "head.weight"),
+        Row("visual_projection.weight", "head.bias", form="zeros"),
+    ),
+    marks=("[vision_model.]pre_layrnorm.weight", f"{CLIP_LAYER}.self_attn.q_proj.weight"),
+    drop=(*OTHER_TOWER, POSITION_IDS),
+)
+SIGLIP = KeyMap(
+    source="transformers' SigLIP",
+    family="vit",
+    rows=(
+        *_clip_blocks(),
+        Row("[vision_model.]head.probe", "attn_pool.latent"),
+        Row("[vision_model.]head.attention.in_proj_{w}", "attn_pool.q.{w}", form="first third"),
+        Row("[vision_model.]head.attention.in_proj_{w}", "attn_pool.kv.{w}", form="last thirds"),
+        Row("[vision_model.]head.attention.out_proj.{w}", "attn_pool.proj.{w}"),
+        Row("[vision_model.]head.layernorm.{w}", "attn_pool.norm.{w}"),
+        Row("[vision_model.]head.mlp.{w}", "attn_pool.mlp.{w}"),
+    ),
+    marks=("[vision_model.]head.probe", f"{CLIP_LAYER}.self_attn.q_proj.weight"),
+    drop=(*OTHER_TOWER, POSITION_IDS),
+)
+RESBLOCK = "visual.transformer.resblocks.{i}"
+OPEN_CLIP = KeyMap(
+    source="OpenAI's CLIP",
+    family="vit",
+    rows=(
+        Row("visual.class_embedding", "cls_token", form="token"),
+        Row("visual.positional_embedding", "pos_embed", form="table"),
+        Row("visual.conv1.{w}", "patch_embed.proj.{w}"),
+        Row("visual.ln_pre.{w}", "norm_pre.{w}"),
+        Row(f"{RESBLOCK}.attn.in_proj_{{w}}", "blocks.{i}.attn.qkv.{w}"),
+        Row(f"{RESBLOCK}.attn.out_proj.{{w}}", "blocks.{i}.attn.proj.{w}"),
+        Row(f"{RESBLOCK}.ln_1.{{w}}", "blocks.{i}.norm1.{w}"),
+        Row(f"{RESBLOCK}.ln_2.{{w}}", "blocks.{i}.norm2.{w}"),
+        Row(f"{RESBLOCK}.mlp.c_fc.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{RESBLOCK}.mlp.c_proj.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row("visual.ln_post.{w}", "norm.{w}"),
+        Row("visual.proj", "head.weight", form="matrix"),
+        Row("visual.proj", "head.bias", form="zeros of columns"),
+    ),
+    marks=("visual.class_embedding", "visual.ln_pre.weight"),
+    drop=(
+        "transformer.{w}", "token_embedding.{w}", "positional_embedding", "ln_final.{w}", "text_projection",
+        "logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size",
+    ),
+)  # fmt: skip
+BEIT_LAYER = "[beit.]encoder.layer.{i}"
+BEIT = KeyMap(
+    source="transformers",
+    family="beit",
+    rows=(
+        Row("[beit.]embeddings.cls_token", "cls_token"),
+        Row("[beit.]embeddings.position_embeddings", "pos_embed"),
+        Row("[beit.]embeddings.patch_embeddings.projection.{w}", "patch_embed.proj.{w}"),
+        Row(f"{BEIT_LAYER}.attention.attention.query.weight", "blocks.{i}.attn.qkv.weight", (0, 3)),
+        Row(f"{BEIT_LAYER}.attention.attention.key.weight", "blocks.{i}.attn.qkv.weight", (1, 3)),
+        Row(f"{BEIT_LAYER}.attention.attention.value.weight", "blocks.{i}.attn.qkv.weight", (2, 3)),
+        Row(f"{BEIT_LAYER}.attention.attention.query.bias", "blocks.{i}.attn.q_bias"),
+        Row(f"{BEIT_LAYER}.attention.attention.value.bias", "blocks.{i}.attn.v_bias"),
+        Row(
+            f"{BEIT_LAYER}.attention.attention.relative_position_bias.relative_position_bias_table",
+            "blocks.{i}.attn.relative_position_bias_table",
+        ),
+        Row(f"{BEIT_LAYER}.attention.output.dense.{{w}}", "blocks.{i}.attn.proj.{w}"),
+        Row(f"{BEIT_LAYER}.layernorm_before.{{w}}", "blocks.{i}.norm1.{w}"),
+        Row(f"{BEIT_LAYER}.layernorm_after.{{w}}", "blocks.{i}.norm2.{w}"),
+        Row(f"{BEIT_LAYER}.intermediate.dense.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{BEIT_LAYER}.output.dense.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row(f"{BEIT_LAYER}.lambda_1", "blocks.{i}.gamma_1"),
+        Row(f"{BEIT_LAYER}.lambda_2", "blocks.{i}.gamma_2"),
+        Row("[beit.]layernorm.{w}", "norm.{w}"),
+        Row("[beit.]pooler.layernorm.{w}", "fc_norm.{w}"),
+        Row("classifier.{w}", "head.{w}"),
+    ),
+    marks=(f"{BEIT_LAYER}.lambda_1", f"{BEIT_LAYER}.lambda_2", f"{BEIT_LAYER}.attention.attention.query.bias"),
+    drop=(
+        "[beit.]embeddings.mask_token",
+        f"{BEIT_LAYER}.attention.attention.relative_position_bias.relative_position_index",
+    ),
+)
+MICROSOFT_BEIT = KeyMap(
+    source="Microsoft's BEiT",
+    family="beit",
+    rows=(),
+    marks=("blocks.{i}.attn.relative_position_index", "blocks.{i}.gamma_1"),
+    drop=("blocks.{i}.attn.relative_position_index", "mask_token"),
+)
+KEYMAPS = (DINOV2, META_DINOV2, DINOV3, META_DINOV3, CLIP, SIGLIP, OPEN_CLIP, BEIT, MICROSOFT_BEIT)
