@@ -197,7 +197,9 @@ def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
 
 def pixels(where: str, name: str, weight: Tensor, like: Tensor, bands: Sequence[str] | None, rest: Rest) -> Tensor:
     """A kernel (C, C_in, p, q) for other channels and another patch size; the very same where both are the same."""
-    if weight.ndim != 4 or like.ndim != 4 or weight.shape[0] != like.shape[0] or max(weight.shape[2:]) > MOST_PIXELS:
+    if weight.ndim != 4 or like.ndim != 4 or weight.shape[0] != like.shape[0]:
+        return weight
+    if not all(1 <= side <= MOST_PIXELS for side in weight.shape[2:]):
         return weight
     if weight.shape[2:] != like.shape[2:]:
         weight = resize_patches(weight, (like.shape[2], like.shape[3]))
