@@ -78,9 +78,9 @@ class Workshop:
                 made.writestr(member, data)
         return self.place / name
 
-    def members(self) -> dict[str, bytes]:
-        """Of PyTorch's archive with `state`, in a folder `good`."""
-        with zipfile.ZipFile(self.torch(self.state(), "good.pth")) as made:
+    def members(self, held: Any = None) -> dict[str, bytes]:
+        """Of PyTorch's archive with `held`, else with `state`, in a folder `good`."""
+        with zipfile.ZipFile(self.torch(held or self.state(), "good.pth")) as made:
             return {name: made.read(name) for name in made.namelist()}
 
     def bytes(self, data: bytes, name: str = "m.bin") -> Path:

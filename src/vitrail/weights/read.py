@@ -35,13 +35,14 @@ TENSORS = re.compile(
     r"torch (\w+Storage|u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+|per_\w+|Size|device|Tensor)"
     r"|torch\.storage \w+Storage|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2"
     r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
-    r"|collections (OrderedDict|Counter|defaultdict)|_codecs encode|(builtins|__builtin__) (set|complex|dict)"
+    r"|collections (OrderedDict|Counter|defaultdict)|_codecs encode|builtins (set|complex)"
 )
 """names that a pickle of weights asks for; which of torch's own are safe, torch decides after"""
 HARMLESS = (
     "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.dtype", "numpy.ndarray",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "builtins.dict", "builtins.list", "builtins.int", "builtins.float",
 )  # fmt: skip
 """what published training scripts put beside their weights, settings and best accuracies: `Ignored` stands for it"""
 ZIP = b"PK\x03\x04"
@@ -194,7 +195,7 @@ def _without_default(factory: object = None) -> dict[Any, Any]:
 def _read_torch(path: Path) -> Any:
     _check_names(path)
     asides = [(Ignored, name) for name in HARMLESS]
-    with torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict"), dict]):
+    with torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict")]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -222,7 +223,8 @@ def _check_pickle(path: Path, pickled: io.BytesIO) -> None:
     texts: deque[object] = deque(maxlen=2)
     for code, value, _ in pickletools.genops(pickled):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            wanted = " ".join(map(str, texts)) if value is None else str(value)
+            asked = " ".join(map(str, texts)) if value is None else str(value)
+            wanted = asked.replace("__builtin__", "builtins")  # Python 2's name, which pickles still have
             if not TENSORS.fullmatch(wanted) and wanted.replace(" ", ".") not in HARMLESS:
                 raise UnsafeCheckpoint(
                     f"{path}: its pickle wants {printable(wanted[:100]).replace(' ', '.')}, which could run code; "
