@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +113,59 @@ class Workshop:
 @pytest.fixture
 def shop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
+
+
+# ---- a server
+
+
+class Server(ThreadingHTTPServer):
+    """A server on this machine: answers each path as `ways` says, and keeps what was asked."""
+
+    daemon_threads = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ways: dict[str, Callable[[Handler], None]] = {}
+        self.asked: list[str] = []
+        self.over = threading.Event()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is what is tested."""
+
+    def at(self, path: str, way: Callable[[Handler], None]) -> str:
+        self.ways[path] = way
+        return self.address + path
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        way = self.server.ways.get(self.path.partition("?")[0])
+        way(self) if way else self.head(404, Content_Length=0)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Tests are silent."""
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as made:
+        thread = threading.Thread(target=partial(made.serve_forever, poll_interval=0.01), daemon=True)
+        thread.start()
+        yield made
+        made.over.set()
+        made.shutdown()

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +106,8 @@ def _download(url: str, place: Path) -> None:
     except FetchError:
         raise
     except (http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is an answer too, and holds its connection
         raise FetchError(
             f"{url}: could not be fetched into {cache_folder()} ({_reason(error)}): look at the network and the disk, "
             "or give a file"

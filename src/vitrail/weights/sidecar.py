@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vitrail.folder import CONFIG, MANIFEST, MAX_JSON_BYTES, MAX_NAME, read_card
+from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, read_card
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
 
@@ -128,7 +128,12 @@ def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
     if not {"img_size", "mean", "std"} <= known.keys():
         return None
     try:
-        return Preprocess(**known)
+        made = Preprocess(**known)
+        numbers = (*made.mean, *made.std, made.crop_pct)
+        right = all(isinstance(n, float | int) and math.isfinite(n) for n in numbers)
+        return (
+            made if right and all(_is_number(side) and side <= LIMITS["img_size"] for side in made.img_size) else None
+        )
     except (TypeError, ValueError):
         return None
 
