@@ -93,6 +93,12 @@ def test_a_piece_that_is_there_twice_is_not_chosen_between():
     assert set(made) == {"token (2 of 1 pieces of cls_token)", "net.token (2 of 1 pieces of cls_token)"}
 
 
+def test_of_two_names_for_one_tensor_the_first_is_written():
+    keymap = KeyMap("somebody", "vit", (Row("old.{w}", "norm.{w}"), Row("new.{w}", "norm.{w}")))
+    assert set(keymap.to_theirs({"norm.bias": torch.zeros(1)})) == {"old.bias"}
+    assert set(keymap.to_ours({"new.bias": torch.zeros(1)})) == {"norm.bias"}
+
+
 def test_pieces_that_do_not_go_together_are_named():
     shapes = {"q": (2, 2), "k": (2, 3), "v": (2, 2)}
     made = MAP.to_ours({f"net.layers.0.{letter}.weight": torch.zeros(shape) for letter, shape in shapes.items()})

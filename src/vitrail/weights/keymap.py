@@ -91,13 +91,14 @@ class KeyMap:
         return made
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors by their names, cut into their pieces. What no row names keeps its own."""
+        """Our tensors by their names, the first where there are several, cut into pieces. What is unknown keeps its own."""
         made: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            found = [(row, holes) for row in self.rows if (holes := _match(row.ours, name)) is not None]
-            for row, holes in found:
-                k, n = row.part
-                made[_fill(row.theirs, holes)] = BACK[row.form](tensor.chunk(n)[k]).contiguous()
+            found: dict[tuple[int, int], str] = {}
+            for row in self.rows:
+                if (holes := _match(row.ours, name)) is not None and row.part not in found:
+                    found[row.part] = _fill(row.theirs, holes)
+                    made[found[row.part]] = BACK[row.form](tensor.chunk(row.part[1])[row.part[0]]).contiguous()
             if not found:
                 made[name] = tensor
         return made
