@@ -1,4 +1,4 @@
-"""Damaged checkpoints, four hundred of five: each one clear error, and nothing half-loaded.
+"""Six hundred damaged checkpoints: each one clear error, and nothing half-loaded.
 
 Every group is a function that yields (what was done, the path to load). The hostile ones are in `test_hostile.py`, and
 what would fill the memory is in `test_bombs.py`. A flipped bit in weights without a manifest is in no group: it cannot
@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from vitrail.weights.read import CheckpointError, read_checkpoint
 
 Damage = Iterator[tuple[str, Path]]
 
@@ -189,7 +191,7 @@ def with_other_members(shop: Any) -> Damage:
     members = shop.members()
     numbers = io.BytesIO()
     np.save(numbers, np.zeros(3, dtype=np.float32))
-    for name in ("../../x", "/etc/x", "a/../../x"):
+    for name in ("../../x", "/etc/x", "good/../../x"):
         yield f"an array at {name}", shop.archive({f"{name}.npy": numbers.getvalue()})
         yield f"a record at {name}", shop.archive(members | {name: b""})
     for name in members:
@@ -226,6 +228,18 @@ def test_each_is_one_clear_error_and_changes_nothing(group: Callable[[Any], Dama
             wrong[what] = found
     assert wrong == {}
     assert count >= 20
+
+
+@pytest.mark.fault(12)
+def test_a_place_outside_is_named(shop: Any):
+    for name in ("../../x", "/etc/x", "good/../../x"):
+        for path in (shop.archive({f"{name}.npy": b""}), shop.archive(shop.members() | {name: b""}, "m.pth")):
+            with pytest.raises(CheckpointError, match=rf"its archive may name no place outside itself; got '{name}"):
+                read_checkpoint(path)
+    index = shop.shards(shop.state()) / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"cls_token": "../m.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"parts must lie beside their index; got '\.\./m\.safetensors'"):
+        read_checkpoint(index)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "legacy", "npz", "small_npz", "shards"])

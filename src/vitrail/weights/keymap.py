@@ -91,7 +91,7 @@ class KeyMap:
         return made
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors by their names, the first where there are several, cut into pieces. What is unknown keeps its own."""
+        """Our tensors by their names, the first where there are several, in pieces. What is unknown keeps its own."""
         made: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             found: dict[tuple[int, int], str] = {}
