@@ -24,7 +24,7 @@ from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
 from vitrail.weights.transformers_configs import CONFIGS
 
-PILLOW = {name: number for number, name in RESAMPLING.items()}
+PILLOW = {name: int(number) for number, name in RESAMPLING.items()}
 TIMM = {"vit": "vit_base_patch16_224"}
 """by family, a row that timm has by the same name and config; what differs from it goes into `model_args`"""
 NOT_TIMM = ("attn", "embed", "dynamic_pad", "norm", "norm_eps", "act", "num_classes")

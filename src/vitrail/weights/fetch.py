@@ -4,34 +4,40 @@
     a URL                streamed to a temporary file beside its place, then renamed: it is there whole or not at all
 
 A checksum is enforced where it is known: from the file's own name, as PyTorch's `name-1a2b3c4d.pth`, or from the first
-time that this machine fetched it, which `sums.json` beside the files records.
+time that this machine fetched it, which `name.pth.sha256` beside it records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import logging
 import os
 import re
+import time
 import urllib.error
-import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from vitrail.files import whole_file, write_whole
+from vitrail.folder import CONFIG
+from vitrail.names import printable, shortened
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.sidecar import PROCESSOR
 
 CACHE = "VITRAIL_CACHE"
 """names the folder of downloads in the environment; else ~/.cache/vitrail"""
 OFFLINE = "HF_HUB_OFFLINE"
-SUMS = "sums.json"
+ADDRESS = re.compile(r"https?://[^/@\s]+/(?:[^?#\s]*/)?(\w[\w.%+=-]{0,199})(?:[?#]\S*)?")
+"""of a file with a name, and without a user's"""
 CHUNK = 1 << 20
 MAX_BYTES = 50 * 10**9
 TIMEOUT = 30.0
 """seconds without a byte"""
+ABANDONED = 3600.0
+"""seconds since somebody wrote to a file that is not whole"""
 LOG = logging.getLogger("vitrail")
 
 
@@ -47,35 +53,44 @@ def cache_folder() -> Path:
 def fetch_from_hub(repo: str, file: str) -> Path:
     """One file of a repository on the hub, and the small files beside it that say how it is used."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         path = Path(hf_hub_download(repo, file))
-        for name in ("config.json", "preprocessor_config.json"):
-            try:
+        for name in (CONFIG, PROCESSOR):
+            with suppress(EntryNotFoundError):
                 hf_hub_download(repo, name)
-            except EntryNotFoundError:
-                continue
         return path
     except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if _offline() else "the hub could not be reached"
+        why = f"{OFFLINE} is set" if _offline() else "the hub could not be reached"
         raise FetchError(
             f"{repo}: {file} is not in the hub's cache, and {why}: fetch it where there is a network"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise FetchError(f"{repo}: {file} could not be had ({str(error).splitlines()[0]}): look at the name") from error
+    except (EntryNotFoundError, OSError, ValueError) as error:  # all of the hub's, and of the disk's
+        raise FetchError(f"{repo}: {file} could not be had ({_reason(error)}): look at the name") from error
 
 
 def fetch_url(url: str) -> Path:
     """The file that a URL names, from the cache or the network; its checksum holds, or `FetchError` says otherwise."""
-    name = Path(urllib.parse.urlparse(url).path).name
-    place = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:12] / name
+    place = _place(url)
     if not place.is_file():
         if _offline():
             raise FetchError(f"{url}: not in {cache_folder()}, and {OFFLINE} is set: fetch it where there is a network")
         _download(url, place)
-    _check(url, place)
+    try:
+        _check(url, place)
+    except OSError as error:
+        raise FetchError(f"{url}: its checksum cannot be kept ({error}): look at {cache_folder()}") from error
     return place
+
+
+def _place(url: str) -> Path:
+    """Where in the cache the file of a URL has its place. Raises `FetchError` where it could have none."""
+    found = ADDRESS.fullmatch(url)
+    if found is None:
+        told = printable(re.sub("//.*@", "//…@", url)[:200])  # a password is not told
+        raise FetchError(f"{told}: weights have an address https://host/…/file, without a user's name: mend it")
+    return cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:12] / found[1]
 
 
 def _offline() -> bool:
@@ -85,23 +100,38 @@ def _offline() -> bool:
 def _download(url: str, place: Path) -> None:
     LOG.info("fetching %s", url)
     try:
+        _sweep(place.parent)
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, whole_file(place) as file:
             _stream(url, answer, file)
     except FetchError:
         raise
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise FetchError(f"{url}: could not be fetched ({error}): look at the network, or give a file") from error
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is an answer too, and holds its connection
+        raise FetchError(
+            f"{url}: could not be fetched into {cache_folder()} ({_reason(error)}): look at the network and the disk, "
+            "or give a file"
+        ) from error
 
 
-def _stream(url: str, answer: Any, file: IO[bytes]) -> None:
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write. One that still writes is not as old."""
+    for part in folder.glob(".*.part"):
+        if time.time() - part.stat().st_mtime > ABANDONED:
+            part.unlink(missing_ok=True)
+
+
+def _stream(url: str, answer: http.client.HTTPResponse, file: IO[bytes]) -> None:
     """All bytes that were promised, and no more than any checkpoint has."""
-    promised, got = answer.headers.get("Content-Length"), 0
+    promised, got = answer.length, 0
+    if promised is None and not answer.chunked:
+        raise FetchError(f"{url}: the server does not say how long it is, so that a cut would not be seen: give a file")
     while piece := answer.read(CHUNK):
         got += file.write(piece)
         if got > MAX_BYTES:
             raise FetchError(f"{url}: more than {MAX_BYTES:,} bytes, which no checkpoint has: look at the address")
-    if promised is not None and got != int(promised):
-        raise FetchError(f"{url}: {got:,} of {promised} bytes came: try again")
+    if promised is not None and got != promised:
+        raise FetchError(f"{url}: {got:,} of {promised:,} bytes came: try again")
 
 
 def _check(url: str, place: Path) -> None:
@@ -114,12 +144,15 @@ def _check(url: str, place: Path) -> None:
         raise FetchError(
             f"{url}: its sha256 begins {digest[:8]} and its name says {named[1]}: it is removed; try again"
         )
-    sums = place.with_name(SUMS)
-    known = json.loads(sums.read_text(encoding="utf-8")) if sums.is_file() else {}
-    if place.name not in known:
-        write_whole(sums, json.dumps({**known, place.name: digest}) + "\n")
-    elif known[place.name] != digest:
+    record = place.with_name(f"{place.name}.sha256")
+    if not record.is_file():
+        write_whole(record, digest)
+    elif (known := record.read_text(encoding="utf-8", errors="replace").strip()) != digest:
         raise FetchError(
-            f"{place}: changed since it was first fetched (sha256 {digest[:8]}…, recorded {known[place.name][:8]}…): "
+            f"{place}: changed since it was first fetched (sha256 {digest[:8]}…, recorded {shortened(known[:8])}…): "
             f"remove {place.parent} to fetch it again"
         )
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

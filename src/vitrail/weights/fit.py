@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrail.layers.embed import resize_positions, resize_relative_bias
 from vitrail.layers.relative import resize_relative
 from vitrail.models.backbone import Backbone, PositionTable
-from vitrail.names import check_choice
+from vitrail.names import check_choice, printable
 from vitrail.weights.read import CheckpointError
 
 LOG = logging.getLogger("vitrail")
@@ -31,6 +31,10 @@ RGB = ("red", "green", "blue")
 Rest = Literal["mean", "zero", "random"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """types that weights may be stored in"""
+MOST_TOLD = 100
+"""characters of one name and its shapes in a message"""
+MOST_PIXELS = 256
+"""the side of the largest patch that is resized: the work grows with its square"""
 
 
 @dataclass
@@ -81,11 +85,13 @@ def fitted(
         report.unused += [name for name in made if name in heads]
         made = {name: value for name, value in made.items() if name not in heads}
     for name, table in model.position_tables().items():
-        if name in made:
-            old = (tables or {}).get(name) or guessed_table(made[name], table)
+        if can_be_resized(made.get(name), wanted[name]):
+            old = (tables or {}).get(name)
+            if old is None or old.prefix != table.prefix or _rows(old) != made[name].shape[-2]:
+                old = guessed_table(made[name], table)
             made[name] = made[name] if old is None else resized(made[name], old, table)
     for name in model.pixel_weights():
-        if name in made:
+        if name in made and made[name].dtype in FLOATS:
             made[name] = pixels(where, name, made[name], wanted[name], bands, rest)
     body = {name: value for name, value in wanted.items() if name not in report.left}
     check_fit(where, body, made, heads)
@@ -120,7 +126,7 @@ def check_fit(
     if not faults:
         return
     found = "; ".join(f"{kind}: {first(names)}" for kind, names in faults.items())
-    only_head = all(name.split()[0] in heads for names in faults.values() for name in names)
+    only_head = all(name.partition(" ")[0] in heads for names in faults.values() for name in names)
     mend = ": new_head=True leaves the network its own head" if only_head else ""
     raise CheckpointError(f"{where}: weights must fit the network exactly; {found}{mend}")
 
@@ -146,8 +152,9 @@ def misfits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict
 
 
 def first(names: Sequence[str], most: int = 10) -> str:
-    """The first of many names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first of many names, each of a length to be read, and how many more there are."""
+    told = ", ".join(printable(name[:MOST_TOLD]) for name in names[:most])
+    return told + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -157,11 +164,16 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 # ---- positions
 
 
+def can_be_resized(table: Tensor | None, like: Tensor) -> TypeGuard[Tensor]:
+    """Whether all but the number of rows is right; `check_fit` tells the rest."""
+    if table is None or table.ndim != like.ndim or table.dtype not in FLOATS:
+        return False
+    return table.shape[-1] == like.shape[-1] and table.shape[:-2] == like.shape[:-2]
+
+
 def guessed_table(table: Tensor, like: PositionTable) -> PositionTable | None:
     """What a table of positions was made for, if for the same or for a square; None where for neither."""
-    if table.ndim != (2 if like.relative else 3):
-        return None
-    rows = table.shape[0 if like.relative else 1]
+    rows = table.shape[-2]
     side = math.isqrt(max(0, rows - like.prefix))
     side = (side + 1) // 2 if like.relative else side
     square = like._replace(grid=(side, side))
@@ -187,10 +199,12 @@ def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
 
 def pixels(where: str, name: str, weight: Tensor, like: Tensor, bands: Sequence[str] | None, rest: Rest) -> Tensor:
     """A kernel (C, C_in, p, q) for other channels and another patch size; the very same where both are the same."""
-    if weight.ndim == 2 or like.ndim == 2:
+    if weight.ndim != 4 or like.ndim != 4 or weight.shape[0] != like.shape[0]:
         return weight
-    if weight.shape[-2:] != like.shape[-2:] and weight.shape[0] == like.shape[0]:
-        weight = resize_patches(weight, (like.shape[-2], like.shape[-1]))
+    if not all(1 <= side <= MOST_PIXELS for side in weight.shape[2:]):
+        return weight
+    if weight.shape[2:] != like.shape[2:]:
+        weight = resize_patches(weight, (like.shape[2], like.shape[3]))
     if bands is not None:
         return for_bands(where, weight, like.shape[1], bands, rest)
     if like.shape[1] == 1 and weight.shape[1] == 3:  # grey is red, green and blue alike
@@ -227,12 +241,15 @@ REST: dict[str, Callable[[Tensor], Tensor]] = {
 def resize_patches(weight: Tensor, size: tuple[int, int]) -> Tensor:
     """Kernels (C, C_in, p, q) for patches of another size, such that w'(resized patch) is nearest to w(patch).
 
-    With B the matrix that resizes a patch, w' = pinv(Bᵀ) w (Beyer et al. 2023, "FlexiViT", section 3.4).
+    With B the matrix that resizes a patch, w' = pinv(Bᵀ) w (Beyer et al. 2023, "FlexiViT", section 3.4). B resizes rows
+    and columns apart, B = B_p ⊗ B_q, and so does its pseudo-inverse.
     """
-    old = (weight.shape[-2], weight.shape[-1])
-    eye = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
-    matrix = F.interpolate(eye, size=size, mode="bicubic", antialias=True, align_corners=False).flatten(
-        1
-    )  # Bᵀ (p·q, P·Q)
-    flat = weight.double().flatten(2) @ torch.linalg.pinv(matrix).T  # (C, C_in, P·Q)
-    return flat.unflatten(2, size).to(weight.dtype)
+    back_p, back_q = (_unresize(old, new) for old, new in zip(weight.shape[2:], size, strict=True))  # (P, p), (Q, q)
+    return torch.einsum("Pp,ocpq,Qq->ocPQ", back_p, weight.double(), back_q).to(weight.dtype)
+
+
+def _unresize(old: int, new: int) -> Tensor:
+    """pinv(Bᵀ) of the resizing of `old` pixels in a row to `new` -> (new, old), in double precision."""
+    lit = torch.eye(old, dtype=torch.float64)[:, None, None]  # (old, 1, 1, old), a pixel in each
+    rows = F.interpolate(lit, size=(1, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.linalg.pinv(rows.flatten(1))

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vitrail.folder import find_folder, read_weights
+from vitrail.folder import WEIGHTS, find_folder, read_weights
 from vitrail.layers.embed import pair
-from vitrail.models.backbone import Backbone
+from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import likely_row
 from vitrail.weights.fetch import FetchError, fetch_from_hub
-from vitrail.weights.fit import RGB, Report, Rest, fitted, guessed_table, put, tell
+from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import ours
+from vitrail.weights.own import saved_tables
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
@@ -47,6 +48,8 @@ class File(NamedTuple):
     """whose names they had"""
     renamed: int
     beside: Sidecar
+    tables: Mapping[str, PositionTable]
+    """what tables of positions were made for, where that is known"""
 
 
 def place_of(name: str) -> Place | None:
@@ -61,22 +64,26 @@ def fetched(place: Place) -> Path:
     """The file on this disk. Raises `FetchError` where the hub has none of the usual names."""
     if not place.repo:
         return place.path
+    failed = []
     for name in FOLDER_FILES[:-1]:
         try:
             return fetch_from_hub(place.repo, name)
         except FetchError as error:
-            last = error
-    raise last
+            failed.append(error)
+    raise failed[0]
 
 
 def read_file(path: Path, part: str | None = None) -> File:
     """A file, or a folder that holds one, with its names turned into ours. Model folders of ours are checked."""
     beside = read_sidecar(path)
-    if beside.own and path.is_dir():
-        return File(str(path), read_weights(find_folder(path)), "vitrail", 0, beside)
+    if beside.card is not None and path.is_dir():
+        weights = read_weights(find_folder(path))
+        return File(str(path), weights, "vitrail", 0, beside, saved_tables(path, beside.card, weights))
     checkpoint = read_checkpoint(path, part)
     tensors, source = ours(checkpoint.tensors)
-    return File(str(checkpoint.path), tensors, source, len(tensors.keys() - checkpoint.tensors.keys()), beside)
+    renamed = len(tensors.keys() - checkpoint.tensors.keys())
+    tables = saved_tables(path.parent, beside.card, tensors) if beside.card and path.name == WEIGHTS else {}
+    return File(str(checkpoint.path), tensors, source, renamed, beside, tables)
 
 
 def put_in(
@@ -91,15 +98,15 @@ def put_in(
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
     report = Report(source=file.source, renamed=file.renamed)
     made = fitted(
-        file.where, model, file.tensors, report, new_head=new_head, tables=file.beside.tables, bands=bands, rest=rest
+        file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest
     )
+    known = preprocess or file.beside.preprocess
+    if known is not None and known.in_chans == len(RGB) and bands is not None:
+        known = for_bands(known, bands)
     put(model, made)
     model.weights = file.where
-    known = preprocess or file.beside.preprocess
-    if known is not None:
-        known = known if bands is None else for_bands(known, bands)
-        size = pair(model.config.img_size)
-        model.preprocess = known if known.in_chans != model.preprocess.in_chans else known.replace(img_size=size)
+    if known is not None and known.in_chans == model.preprocess.in_chans:
+        model.preprocess = known.replace(img_size=pair(model.config.img_size))
     if not new_head and len(file.beside.classes) == model.num_classes:
         model.classes = file.beside.classes
     tell(file.where, report)
@@ -162,8 +169,10 @@ def _filled(
 def size_of(model: Backbone, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """The image size that tables of positions were made for, if it was square; the model's own where none says more."""
     height, width = pair(model.config.img_size)
+    own = model.state_dict()
     for name, table in model.position_tables().items():
-        old = guessed_table(tensors[name], table) if name in tensors and height == width else None
+        known = can_be_resized(tensors.get(name), own[name]) and height == width
+        old = guessed_table(tensors[name], table) if known else None
         if old is not None and not table.relative:
             return height * old.grid[0] // table.grid[0], width * old.grid[1] // table.grid[1]
     return height, width

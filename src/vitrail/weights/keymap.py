@@ -85,33 +85,45 @@ class KeyMap:
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors by our names, pieces put together; what neither `rows` nor `drop` know keeps its name.
 
-        Where a piece is missing, what is there stands under a name that no network has.
+        Where a piece is missing or does not fit the others, they stand under names that no network has, which say so.
         """
         made: dict[str, Tensor] = {}
-        pieces: dict[tuple[str, int], dict[int, Tensor]] = {}
+        pieces: dict[str, list[tuple[Row, str, Tensor]]] = {}
         for name, tensor in tensors.items():
             found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, name)) is not None]
             for row, holes in found:
-                k, n = row.part
-                pieces.setdefault((_fill(row.ours, holes), n), {})[k] = FORMS[row.form](tensor)
+                pieces.setdefault(_fill(row.ours, holes), []).append((row, name, tensor))
             if not found and not any(_match(pattern, name) is not None for pattern in self.drop):
                 made[name] = tensor
-        for (ours, n), parts in pieces.items():
-            name = ours if len(parts) == n else f"{ours} ({len(parts)} of its {n} parts)"
-            made[name] = torch.cat([parts[k] for k in sorted(parts)]) if n > 1 else parts[0]
+        for ours, found_pieces in pieces.items():
+            made |= _joined(ours, found_pieces)
         return self.after(made)
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors by their names, cut into their pieces. What no row names keeps its own."""
+        """Our tensors by their names, the first where there are several, in pieces. What is unknown keeps its own."""
         made: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            found = [(row, holes) for row in self.rows if (holes := _match(row.ours, name)) is not None]
-            for row, holes in found:
-                k, n = row.part
-                made[_fill(row.theirs, holes)] = BACK[row.form](tensor.chunk(n)[k]).contiguous()
+            found: dict[tuple[int, int], str] = {}
+            for row in self.rows:
+                if (holes := _match(row.ours, name)) is not None and row.part not in found:
+                    found[row.part] = _fill(row.theirs, holes)
+                    made[found[row.part]] = BACK[row.form](tensor.chunk(row.part[1])[row.part[0]]).contiguous()
             if not found:
                 made[name] = tensor
         return made
+
+
+def _joined(ours: str, pieces: list[tuple[Row, str, Tensor]]) -> dict[str, Tensor]:
+    """One tensor of ours from its pieces; or the pieces, under names that say what is wrong with them."""
+    pieces = sorted(pieces, key=lambda piece: piece[0].part)
+    n = pieces[0][0].part[1]
+    if [row.part for row, _, _ in pieces] != [(k, n) for k in range(n)]:
+        return {f"{name} ({len(pieces)} of {n} pieces of {ours})": tensor for _, name, tensor in pieces}
+    try:
+        formed = [FORMS[row.form](tensor) for row, _, tensor in pieces]
+        return {ours: torch.cat(formed) if n > 1 else formed[0]}
+    except (RuntimeError, IndexError):  # shapes that this layout does not have, or that do not go together
+        return {f"{name} (no piece of {ours})": tensor for _, name, tensor in pieces}
 
 
 @cache
@@ -149,4 +161,4 @@ def _fill(template: str, holes: Mapping[str, str | int]) -> str:
         value = holes[hole[1]]
         return value if isinstance(value, str) else str(value * int(hole[2] or 1) + int(hole[3] or 0))
 
-    return HOLE.sub(put, template).translate(BRACKETS)
+    return HOLE.sub(put, template.translate(BRACKETS))

@@ -166,7 +166,7 @@ def open_weights(source: str, row: str = "") -> Backbone:
         model = build_model(row)
         load_weights(model, source)
         return model.eval()
-    if path.is_file() or (path.is_dir() and not read_sidecar(path).own):
+    if path.is_file() or (path.is_dir() and read_sidecar(path).card is None):
         return model_of_file(path, {}).eval()
     return (load_model(source) if path.exists() or source in SHIPPED else create_model(source, pretrained=True)).eval()
 

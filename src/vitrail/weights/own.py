@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitrail.folder import FolderError, read_card, read_weights
 from vitrail.layers.embed import pair
-from vitrail.models.backbone import Backbone
+from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, build_from_config
 from vitrail.records import ModelCard
@@ -49,6 +49,12 @@ def load_folder(folder: Path, overrides: Mapping[str, Any] | None = None) -> Bac
     if classes != model.config.num_classes:
         model.reset_classifier(classes)
     return model
+
+
+def saved_tables(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> dict[str, PositionTable]:
+    """What the tables of positions in a folder's weights were made for. Raises `FolderError` as `load_folder` does."""
+    _check_depth(folder, card, weights)
+    return _empty(folder, card, {}).position_tables()
 
 
 def _resized(folder: Path, weights: dict[str, Tensor], saved: Backbone, model: Backbone) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Anybody's checkpoint file -> its tensors by their names. Nothing in a file is ever executed.
 
     .safetensors            a header of names, shapes and places, then numbers
-    .pth .pt .bin .ckpt     a pickle: read by `torch.load(weights_only=True)`, with the few names in `HARMLESS` beside
+    .pth .pt .bin .ckpt     a pickle: its names are looked at, then `torch.load(weights_only=True)` reads it
     .npz                    arrays of numbers; pickles in them are refused
+    *.index.json            which of several files holds which tensor
     .pt2, TorchScript       programs: refused
 
 What a file is, its first bytes say, not its ending. Before tensors are made, sizes are held against the file's own: a
@@ -11,35 +12,59 @@ header or a compressed archive that promises more than the file can hold is refu
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
+import math
+import pickletools
 import re
 import zipfile
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from vitrail.names import shortened
+from vitrail.folder import MAX_JSON_BYTES, MAX_NAME
+from vitrail.names import printable, shortened
 
-HARMLESS: list[Any] = [argparse.Namespace, defaultdict, dict]
-"""what published training scripts put beside their weights: settings, never called"""
-MAX_HEADER = 100_000_000
-"""bytes of a safetensors header, as its own reader has it"""
+TENSORS = re.compile(
+    r"torch (\w+Storage|u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+|per_\w+|Size|device|Tensor)"
+    r"|torch\.storage \w+Storage|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+    r"|collections (OrderedDict|Counter|defaultdict)|_codecs encode|builtins (set|complex)"
+)
+"""names that a pickle of weights asks for; which of torch's own are safe, torch decides after"""
+HARMLESS = (
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.dtype", "numpy.ndarray",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "builtins.dict", "builtins.list", "builtins.int", "builtins.float",
+)  # fmt: skip
+"""what published training scripts put beside their weights, settings and best accuracies: `Ignored` stands for it"""
+ZIP = b"PK\x03\x04"
+MAX_HEADER = 10_000_000
+"""bytes of a safetensors header: some hundred a tensor"""
+MAX_PICKLE = 8_000_000
+"""bytes of a pickle, which holds names and settings; numbers lie beside it"""
+PROGRAMS = ("constants.pkl", "archive_format")
+"""what TorchScript and `torch.export` have in their archives, and a state_dict has not"""
 EXPANSION = 20
-"""how many times its compressed bytes an array of an .npz may have: trained weights hardly shrink at all"""
+"""how many times its own bytes an .npz may unpack to: trained weights hardly shrink at all"""
+MOST_TENSORS = 20_000
+MOST_WRAPPERS = 8
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "target_encoder", "encoder",
             "module", "net", "params")  # fmt: skip
 """where training scripts put a network's weights, the averaged and the better before the others"""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """what wrappers put before every name: DDP, `torch.compile`, Lightning"""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-INDEX = "model.safetensors.index.json"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+PART = re.compile(r"\w[\w.\-]*")
+"""a file beside its index"""
 
 
 class CheckpointError(ValueError):
@@ -56,7 +81,7 @@ class Checkpoint:
 
     path: Path
     kind: str
-    """safetensors, torch or npz"""
+    """safetensors, torch, npz or sharded"""
     tensors: dict[str, Tensor]
     wrappers: tuple[str, ...] = ()
     """what was taken off, outermost first: `model`, `module.` …"""
@@ -71,20 +96,15 @@ def read_checkpoint(path: str | Path, part: str | None = None) -> Checkpoint:
     `WRAPPERS` that is there. Raises `UnsafeCheckpoint` for what would run code, `CheckpointError` for what cannot be
     read, each with the path and the reason.
     """
-    path = _file_of(Path(path))
-    if path.name == INDEX:
-        return _sharded(path)
-    kind = kind_of(path)
+    path, kind = _file_of(Path(path)), "a checkpoint"
     try:
-        held = READERS[kind](path)
+        kind = "sharded" if path.name in INDICES else kind_of(path)
+        tensors, wrappers, others = _unwrapped(path, READERS[kind](path), part)
+        _check_tensors(path, tensors)
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, MemoryError) as error:
-        raise CheckpointError(f"{path}: not readable as {kind} ({_reason(error)}): fetch it again") from None
-    except Exception as error:  # pickle and zip have more kinds than can be named
+    except Exception as error:  # pickle, zip and numpy have more kinds than can be named
         raise CheckpointError(f"{path}: damaged, not readable as {kind} ({_reason(error)}): fetch it again") from None
-    tensors, wrappers, others = _unwrapped(path, held, part)
-    _check_sizes(path, tensors)
     return Checkpoint(path, kind, tensors, wrappers, others)
 
 
@@ -94,7 +114,7 @@ def kind_of(path: Path) -> str:
         head = file.read(16)
     if not head:
         raise CheckpointError(f"{path}: empty: fetch it again")
-    if head[:4] == b"PK\x03\x04":
+    if head.startswith(ZIP):
         return _kind_of_archive(path)
     size = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{":
@@ -115,24 +135,32 @@ def _kind_of_archive(path: Path) -> str:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, its archive has no readable index ({error}): fetch it again") from None
     names = [member.filename for member in members]
-    if all(name.endswith(".npy") for name in names):
-        return "npz"
-    program = [
-        name for name in names if "/code/" in f"/{name}" or "archive_format" in name or "exported_program" in name
-    ]
-    if program or not any(name.endswith("data.pkl") for name in names):
+    kind = "npz" if all(name.endswith(".npy") for name in names) else "torch"
+    if kind == "torch" and (program := _program(names)):
         raise UnsafeCheckpoint(
-            f"{path}: a program ({(program or names)[0]}), which runs when it is loaded: ask for the weights alone, "
-            "as safetensors or a state_dict"
+            f"{path}: a program ({shortened(program)}), which runs when it is loaded: ask for the weights alone, as "
+            "safetensors or a state_dict"
         )
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+    if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
+        raise CheckpointError(f"{path}: its archive may name no place outside itself; got {shortened(outside[0])}")
+    if kind == "torch" and any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointError(f"{path}: a PyTorch file is not compressed, this one is: fetch it again")
-    return "torch"
+    size, promised = path.stat().st_size, sum(member.file_size for member in members)
+    if promised > size * (EXPANSION if kind == "npz" else 1):
+        raise CheckpointError(f"{path}: {size:,} bytes that would unpack to {promised:,}: fetch it again")
+    return kind
+
+
+def _program(names: list[str]) -> str:
+    """What in an archive is no state_dict; empty where it is one. All lies in one folder, called as the file was."""
+    inside = {name.partition("/")[2]: name for name in names}
+    found = [name for part, name in inside.items() if part.startswith("code/") or part in PROGRAMS]
+    return "" if not found and "data.pkl" in inside else (found or names)[0]
 
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        found = [path / name for name in (*FOLDER_FILES, INDEX) if (path / name).is_file()]
+        found = [path / name for name in (*FOLDER_FILES, *INDICES) if (path / name).is_file()]
         if not found:
             raise CheckpointError(f"{path}: a folder of weights holds one of {', '.join(FOLDER_FILES)}: name the file")
         return found[0]
@@ -149,32 +177,61 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+class Ignored:
+    """Stands for whatever a training script put beside its weights. Nothing of that is kept."""
+
+    def __new__(cls, *_: object) -> Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing is taken over."""
+
+
+def _without_default(factory: object = None) -> dict[Any, Any]:
+    """For a `defaultdict`."""
+    return {}
+
+
 def _read_torch(path: Path) -> Any:
-    with torch.serialization.safe_globals([*HARMLESS, *_numpy_scalars()]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if wanted := _wanted_global(str(error)):
+    _check_names(path)
+    asides = [(Ignored, name) for name in HARMLESS]
+    with torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict")]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_names(path: Path) -> None:
+    """Everything that a file's pickles ask for, before one of them is read. Raises `UnsafeCheckpoint`."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(MAX_PICKLE))
+    if not head.getvalue().startswith(ZIP):
+        for _ in range(5):  # a mark, a version, the machine, the weights, the order of what then follows
+            if head.tell() < len(head.getbuffer()):
+                _check_pickle(path, head)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > MAX_PICKLE:
+                    raise CheckpointError(
+                        f"{path}: a pickle of names and settings has at most {MAX_PICKLE:,} bytes; got "
+                        f"{member.file_size:,}: save the state_dict alone"
+                    )
+                _check_pickle(path, io.BytesIO(archive.read(member)))
+
+
+def _check_pickle(path: Path, pickled: io.BytesIO) -> None:
+    texts: deque[object] = deque(maxlen=2)
+    for code, value, _ in pickletools.genops(pickled):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            asked = " ".join(map(str, texts)) if value is None else str(value)
+            wanted = asked.replace("__builtin__", "builtins")  # Python 2's name, which pickles still have
+            if not TENSORS.fullmatch(wanted) and wanted.replace(" ", ".") not in HARMLESS:
                 raise UnsafeCheckpoint(
-                    f"{path}: its pickle wants {wanted}, which could run code; nothing was run. Who trusts it loads "
-                    "it elsewhere and saves the state_dict alone"
-                ) from None
-            raise
-
-
-def _wanted_global(message: str) -> str:
-    """The name that a refused pickle asked for, as `torch.load` tells it; empty for other faults."""
-    found = re.search(r"(?:Unsupported (?:global: GLOBAL|class)|reduce for unrecognized function) (\S+)", message)
-    return found[1].rstrip(",.") if found else ""
-
-
-def _numpy_scalars() -> list[Any]:
-    """A best accuracy or a loss is often kept as numpy's number."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")]
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
+                    f"{path}: its pickle wants {printable(wanted[:100]).replace(' ', '.')}, which could run code; "
+                    "nothing was run. Who trusts it loads it elsewhere and saves the state_dict alone"
+                )
+        elif "UNICODE" in code.name:
+            texts.append(value)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -184,7 +241,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         for member in archive.infolist():
             _check_array(path, archive, member)
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+        return {name: torch.from_numpy(np.asarray(arrays[name], order="C")) for name in arrays.files}
 
 
 def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
@@ -197,37 +254,41 @@ def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
         shape, _, dtype = read(file)
         header = file.tell()
     if dtype.hasobject:
-        raise UnsafeCheckpoint(f"{path}: {member.filename} holds pickled objects; arrays of numbers are read")
-    count = 1
-    for side in shape:
-        count *= side
-    expected = count * dtype.itemsize
-    if expected != member.file_size - header or member.file_size > EXPANSION * max(member.compress_size, 1000):
-        raise CheckpointError(
-            f"{path}: {member.filename} promises {expected:,} bytes of {shape}, with {member.compress_size:,} in the "
-            "file: fetch it again"
+        raise UnsafeCheckpoint(
+            f"{path}: {shortened(member.filename)} holds pickled objects; arrays of numbers are read"
         )
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != member.file_size - header:
+        raise CheckpointError(
+            f"{path}: {shortened(member.filename)} promises {expected:,} bytes, and the file holds "
+            f"{member.file_size - header:,}: fetch it again"
+        )
+
+
+def _read_sharded(index: Path) -> dict[str, Tensor]:
+    """Several files, as the index of a large model names them."""
+    if index.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{index}: an index has at most {MAX_JSON_BYTES:,} bytes; got {index.stat().st_size:,}")
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    held = {}
+    for name in sorted(set(places.values())):
+        if not PART.fullmatch(name):
+            raise CheckpointError(f"{index}: parts must lie beside their index; got {shortened(name)}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: its part {name} is not there: fetch it too")
+        held[name] = READERS[kind_of(index.parent / name)](index.parent / name)
+    lacking = [name for name, place in places.items() if name not in held[place]]
+    if lacking:
+        raise CheckpointError(f"{index}: {shortened(lacking[0])} is not in its part: fetch them again")
+    return {name: held[place][name] for name, place in places.items()}
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "safetensors": _read_safetensors,
     "torch": _read_torch,
     "npz": _read_npz,
+    "sharded": _read_sharded,
 }
-
-
-def _sharded(index: Path) -> Checkpoint:
-    """Several files, as the index of a large model names them."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{index}: no readable index of weights ({_reason(error)}): fetch it again") from None
-    strange = [name for name in files if Path(str(name)).name != name]
-    if strange:
-        raise CheckpointError(f"{index}: parts must lie beside their index; got {shortened(strange[0])}")
-    parts = [read_checkpoint(index.parent / name) for name in files]
-    return Checkpoint(index, "safetensors", {name: t for part in parts for name, t in part.tensors.items()})
 
 
 # ---- from what a file holds to the weights in it
@@ -237,55 +298,78 @@ def _unwrapped(path: Path, held: Any, part: str | None) -> tuple[dict[str, Tenso
     """The innermost dict of tensors, what was around it, and what lay beside it."""
     wrappers: list[str] = []
     others: list[str] = []
-    while isinstance(held, Mapping) and (key := _wrapper(path, held, part, wrappers)):
+    while (key := _wrapper(held, part)) and len(wrappers) < MOST_WRAPPERS:
         others += [str(name) for name in held if name != key]
         wrappers.append(key)
         held, part = held[key], None if key == part else part
-    if not isinstance(held, Mapping) or not any(isinstance(value, Tensor) for value in held.values()):
-        raise CheckpointError(f"{path}: there is no state_dict in it; it holds {_contents(held)}")
+    tensors = _tensors(held)
+    if not tensors or key:
+        raise CheckpointError(f"{path}: there is no state_dict in it, or several ({_contents(held)}): name it by part")
     if part is not None:
         raise CheckpointError(f"{path}: there is no part {part!r} in it; beside the weights stand {_contents(others)}")
-    tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
-    others += [str(name) for name in held if str(name) not in tensors]
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
+    others += [str(name) for name in held if name not in tensors]
+    while len(wrappers) < MOST_WRAPPERS and (prefix := next((p for p in PREFIXES if _all_have(tensors, p)), None)):
         wrappers.append(prefix)
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors, tuple(wrappers), tuple(others)
 
 
-def _wrapper(path: Path, held: Mapping[Any, Any], part: str | None, taken: list[str]) -> str | None:
+def _wrapper(held: Any, part: str | None) -> str | None:
     """The entry of a dict in which the weights stand, or None where they are its own entries."""
-    inner = [str(key) for key, value in held.items() if isinstance(value, Mapping) and _has_tensors(value)]
+    entries = held.items() if isinstance(held, Mapping) else ()
+    inner = [name for name, value in entries if isinstance(name, str) and _has_tensors(value)]
     if part in inner:
         return part
-    known = [key for key in WRAPPERS if key in inner]
-    if known or len(inner) != 1 or any(isinstance(value, Tensor) for value in held.values()):
-        return known[0] if known else None
-    return inner[0]
+    known = [name for name in WRAPPERS if name in inner]
+    if known:
+        return known[0]
+    return inner[0] if len(inner) == 1 and not _tensors(held) else None
 
 
-def _has_tensors(held: Mapping[Any, Any]) -> bool:
-    values = list(held.values())
-    return any(isinstance(v, Tensor) for v in values) or any(
-        isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values()) for v in values
-    )
+def _has_tensors(held: Any) -> bool:
+    """Whether it is a dict of tensors, or of dicts of tensors."""
+    return isinstance(held, Mapping) and any(isinstance(v, Tensor) or _tensors(v) for v in held.values())
 
 
-def _check_sizes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A view may not be larger than what it looks at: `expand` makes terabytes of four bytes."""
+def _tensors(held: Any) -> dict[str, Tensor]:
+    """The tensors of a dict that have a name, without what a file may have hung onto them."""
+    entries = held.items() if isinstance(held, Mapping) else ()
+    return {name: Tensor.detach(t) for name, t in entries if isinstance(name, str) and isinstance(t, Tensor)}
+
+
+def _all_have(tensors: Mapping[str, Tensor], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in tensors)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Plain numbers under names that a network may have. Raises `CheckpointError`."""
+    if len(tensors) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: {len(tensors):,} tensors; no network here has more than {MOST_TENSORS:,}")
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{path}: a tensor's name has at most {MAX_NAME} characters; got {len(name):,}")
+        if not _is_plain(tensor):
             raise CheckpointError(
-                f"{path}: {name} is no plain tensor of real numbers; got {tensor.layout}, {tensor.dtype}"
+                f"{path}: {shortened(name)} must be a plain tensor of real numbers; got {tensor.dtype}, "
+                f"{tensor.layout}, {tensor.device.type}: save it as one"
             )
+        # a view may not be larger than what it looks at: `expand` makes terabytes of four bytes
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} is larger than its memory: fetch it again")
+            raise CheckpointError(
+                f"{path}: {shortened(name)} {shortened(tuple(tensor.shape))} is larger than its memory: fetch it again"
+            )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    strange = tensor.is_quantized or tensor.is_complex() or tensor.is_nested or tensor.device.type != "cpu"
+    return type(tensor) is Tensor and tensor.layout == torch.strided and not strange
 
 
 def _contents(held: Any) -> str:
-    if isinstance(held, Mapping):
-        return ", ".join(map(str, list(held)[:8])) or "nothing"
-    return ", ".join(held[:8]) or "nothing" if isinstance(held, list) else type(held).__name__
+    """What stands in a file, told briefly."""
+    if not isinstance(held, Mapping | list):
+        return type(held).__name__
+    return ", ".join(printable(str(name)[:60]) for name in list(held)[:8]) or "nothing"
 
 
 def _reason(error: BaseException) -> str:

@@ -9,20 +9,18 @@ Files of others are read with care: whatever is missing or strange is left unkno
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import torch
-
-from vitrail.folder import CONFIG, MAX_JSON_BYTES, read_card
-from vitrail.models.backbone import PositionTable
-from vitrail.models.registry import build_from_config
-from vitrail.records import Preprocess
+from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, read_card
+from vitrail.names import is_printable
+from vitrail.records import ModelCard, Preprocess
 
 PROCESSOR = "preprocessor_config.json"
-RESAMPLING = {2: "bilinear", 3: "bicubic"}
+RESAMPLING = {"2": "bilinear", "3": "bicubic"}
 """Pillow's numbers, as transformers writes them"""
 
 EPSILONS = dict.fromkeys(("pvt", "pvt_v2"), ("norm_eps", "conv_norm_eps"))
@@ -39,21 +37,20 @@ class Sidecar:
     """a row of the registry, or what somebody else calls his network"""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """of a config here, where they cannot be seen in the weights"""
-    tables: Mapping[str, PositionTable] = field(default_factory=dict)
-    """what tables of positions were made for, where that is known"""
-    own: bool = False
-    """whether it is a model folder of this package"""
+    card: ModelCard | None = None
+    """of a model folder of this package"""
 
 
 def read_sidecar(path: Path) -> Sidecar:
-    """What lies beside a file of weights, or in their folder. What cannot be read counts as not there."""
+    """What lies beside a file of weights, or in their folder. What cannot be read counts as not there.
+
+    Raises `FolderError` for a card of this package that is damaged.
+    """
     folder = path if path.is_dir() else path.parent
     config = _json(folder / CONFIG)
-    if isinstance(config.get("family"), str):
+    if {"family", "config"} <= config.keys() or isinstance(_json(folder / MANIFEST).get("files"), dict):
         card = read_card(folder)
-        with torch.device("meta"):
-            tables = build_from_config(card.family, card.config).position_tables()
-        return Sidecar(card.preprocess, card.classes, card.name, tables=tables, own=True)
+        return Sidecar(card.preprocess, card.classes, card.name, card=card)
     if "architecture" in config:
         return _of_timm(config)
     return _of_transformers(config, _json(folder / PROCESSOR))
@@ -80,27 +77,49 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
         "crop_mode": said.get("crop_mode"),
     }
     names = config.get("label_names", said.get("label_names"))
-    return Sidecar(_preprocess(given), _classes(names), str(config["architecture"]))
+    return Sidecar(_preprocess(given), _classes(names), _name(config["architecture"]))
 
 
 def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Sidecar:
-    size = processor.get("size")
-    size = size if isinstance(size, dict) else {"height": size, "width": size}
-    given = {
-        "img_size": (size["height"], size["width"]) if {"height", "width"} <= size.keys() else None,
+    given = _sizes(processor) | {
         "mean": processor.get("image_mean"),
         "std": processor.get("image_std"),
-        "interpolation": RESAMPLING.get(processor.get("resample", 0)),
-        "crop_mode": "squash",
+        "interpolation": RESAMPLING.get(str(processor.get("resample"))),
     }
     names = config.get("id2label")
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
     eps = config.get("layer_norm_eps")
-    named = EPSILONS.get(config.get("model_type", ""), ("norm_eps",))
-    fields = dict.fromkeys(named, eps) if isinstance(eps, float) and 0 < eps < 1 else {}
-    return Sidecar(
-        _preprocess(given) if processor else None, _classes(ordered), str(config.get("model_type", "")), fields
-    )
+    kind = _name(config.get("model_type"))
+    fields = dict.fromkeys(EPSILONS.get(kind, ("norm_eps",)), eps) if isinstance(eps, float) and 0 < eps < 1 else {}
+    prepared = _preprocess(given) if _scales_as_here(processor) else None
+    return Sidecar(prepared, _classes(ordered), kind, fields)
+
+
+def _sizes(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a crop, images are pressed into `size`; with one, their short side becomes that and a centre is cut."""
+    size, crop = processor.get("size"), processor.get("crop_size")
+    if not processor.get("do_center_crop"):
+        return {"img_size": _pair(size), "crop_mode": "squash"}
+    edge, cut = size.get("shortest_edge") if isinstance(size, dict) else None, _pair(crop)
+    if not _is_number(edge) or cut is None:
+        return {}
+    return {"img_size": cut, "crop_pct": min(cut) / edge, "crop_mode": "center"}
+
+
+def _pair(size: object) -> tuple[int, int] | None:
+    height, width = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
+    return (height, width) if _is_number(height) and _is_number(width) else None
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _scales_as_here(processor: Mapping[str, Any]) -> bool:
+    """Whether pixels are divided by 255 and normalised, as `Preprocess` does."""
+    factor = processor.get("rescale_factor", 1 / 255)
+    steps = all(processor.get(step, True) is True for step in ("do_resize", "do_rescale", "do_normalize"))
+    return steps and isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-4)
 
 
 def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
@@ -109,13 +128,23 @@ def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
     if not {"img_size", "mean", "std"} <= known.keys():
         return None
     try:
-        return Preprocess(**known)
+        made = Preprocess(**known)
+        numbers = (*made.mean, *made.std, made.crop_pct)
+        right = all(isinstance(n, float | int) and math.isfinite(n) for n in numbers)
+        return (
+            made if right and all(_is_number(side) and side <= LIMITS["img_size"] for side in made.img_size) else None
+        )
     except (TypeError, ValueError):
         return None
 
 
 def _classes(names: object) -> tuple[str, ...]:
     """Names that all are text and say something: `LABEL_0` is what transformers writes for want of a name."""
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(map(_name, names)):
         return ()
     return () if all(name.startswith("LABEL_") for name in names) else tuple(names)
+
+
+def _name(value: object) -> str:
+    """Text that can be shown on one line; else nothing."""
+    return value if isinstance(value, str) and len(value) <= MAX_NAME and is_printable(value) else ""

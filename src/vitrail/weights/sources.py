@@ -18,8 +18,6 @@ from vitrail.weights.fetch import fetch_from_hub, fetch_url
 from vitrail.weights.published import PUBLISHED, Published
 
 HUB = ("hf-hub:", "hf_hub:", "hub:")
-CLASSES = {"in1k": 1000, "in21k": 21_843, "in22k": 21_841, "imagenet1k_v1": 1000, "imagenet1k_v2": 1000}
-"""by the end of a tag; others have no head"""
 
 
 @dataclass(frozen=True)
@@ -44,31 +42,23 @@ class Source:
         return fetch_from_hub(self.place[4:], self.file) if self.place.startswith("hub:") else fetch_url(self.place)
 
 
-def _source(line: Published) -> list[Source]:
-    made = []
-    for tag in line.tags.split():
-        name, hub = f"{line.row}.{tag}", line.place == "hub:timm"
-        place = f"hub:timm/{name}" if hub else line.place
-        made.append(
-            Source(
-                name=name,
-                row=line.row,
-                place=place,
-                file="model.safetensors" if hub else place.rpartition("/")[2],
-                licence=line.licence,
-                classes=_classes(tag),
-                preprocess=line.preprocess,
-                keys=line.keys,
-            )
+def _sources(line: Published) -> list[Source]:
+    return [
+        Source(
+            name=f"{line.row}.{tag}",
+            row=line.row,
+            place=f"{line.place}.{tag}" if line.place.startswith("hub:") else line.place,
+            file="model.safetensors" if line.place.startswith("hub:") else line.place.rpartition("/")[2],
+            licence=line.licence,
+            classes=line.classes,
+            preprocess=line.preprocess,
+            keys=line.keys,
         )
-    return made
+        for tag in line.tags.split()
+    ]
 
 
-def _classes(tag: str) -> int:
-    return next((count for end, count in CLASSES.items() if tag.endswith(end)), 0)
-
-
-SOURCES: dict[str, Source] = {source.name: source for line in PUBLISHED for source in _source(line)}
+SOURCES: dict[str, Source] = {source.name: source for line in PUBLISHED for source in _sources(line)}
 
 
 def find_source(name: str) -> Source | None:

@@ -1,0 +1,171 @@
+"""Small files that would fill the memory: refused within 50 MB and a second, each tried in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+GIGA = 2 * 10**9
+"""what each would take: enough to be seen, little enough to survive"""
+MOST_BYTES, MOST_SECONDS = 50 * 10**6, 1.0
+
+
+def header(size: int, text: bytes = b"{") -> Callable[[Any], Path]:
+    return lambda shop: shop.bytes(struct.pack("<Q", size) + text)
+
+
+def many_names(shop: Any) -> Path:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({str(number): entry for number in range(300_000)}).encode()
+    return shop.bytes(struct.pack("<Q", len(text)) + text)
+
+
+def pickled(*opcodes: bytes) -> Callable[[Any], Path]:
+    return lambda shop: shop.archive(shop.members() | {"good/data.pkl": b"\x80\x02" + b"".join(opcodes) + b"."})
+
+
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def numpy_of(kind: str) -> bytes:
+    """A numpy number of so many bytes, as old training scripts keep their best accuracy."""
+    made = b"cnumpy\ndtype\n" + text(kind) + b"\x85R"
+    return b"cnumpy.core.multiarray\nscalar\n" + made + b"\x85R"
+
+
+def legacy_of_much(shop: Any) -> Path:
+    """A storage that says of itself that it is larger than the file."""
+    path = shop.legacy({"cls_token": torch.zeros(1000)})
+    data = path.read_bytes()
+    many = number(GIGA // 4)
+    return shop.bytes(data.replace(b"M\xe8\x03", many).replace(struct.pack("<q", 1000), struct.pack("<q", GIGA // 4)))
+
+
+def deflated(member: str) -> Callable[[Any], Path]:
+    """Zeros, a thousand times smaller in the file."""
+
+    def write(shop: Any) -> Path:
+        array = {"descr": "<f4", "fortran_order": False, "shape": (GIGA // 40,)}
+        with zipfile.ZipFile(shop.place / "m.zip", "w", zipfile.ZIP_DEFLATED) as made, made.open(member, "w") as file:
+            np.lib.format.write_array_header_1_0(file, array)
+            for _ in range(GIGA // 10**7):
+                file.write(bytes(10**6))
+        return shop.place / "m.zip"
+
+    return write
+
+
+def overlapping(shop: Any) -> Path:
+    """A thousand arrays, all of them the same megabyte of the file."""
+    path = shop.npz({"x": torch.rand(250_000)})
+    with zipfile.ZipFile(path, "a") as made:
+        (first,) = made.infolist()
+        for copy in range(1000):
+            again = zipfile.ZipInfo(f"{copy}.npy")
+            for name in ("CRC", "compress_size", "file_size", "header_offset", "create_system"):
+                setattr(again, name, getattr(first, name))
+            made.filelist.append(again)
+        made._didModify = True
+    return path
+
+
+def expanded(shop: Any) -> Path:
+    return shop.torch(shop.state() | {"cls_token": torch.zeros(1).expand(10**6, 10**6)})
+
+
+def no_width(shop: Any) -> Path:
+    """Kernels without a channel, for patches whose resizing would take terabytes."""
+    kernel = torch.zeros(12, 0, 20_000, 20_000)
+    return shop.safetensors(shop.state() | {"patch_embed.proj.weight": kernel})
+
+
+def wide(shop: Any) -> Path:
+    return shop.safetensors(shop.state() | {"patch_embed.proj.weight": torch.zeros(12, 0, 200, 200)})
+
+
+def long_index(shop: Any) -> Path:
+    folder = shop.shards(shop.state())
+    (folder / "model.safetensors.index.json").write_bytes(b"[" * 40_000_000)
+    return folder
+
+
+BOMBS: dict[str, Callable[[Any], Path]] = {
+    "a header of 10^15 bytes": header(10**15),
+    "a header of 2^63 bytes": header(2**63),
+    "a header of 2^64 - 1 bytes": header(2**64 - 1),
+    "a header of more than the file": header(5 * 10**6, b'{"a": 3}'),
+    "300 000 names": many_names,
+    "bytes of a number": pickled(b"cbuiltins\nbytearray\n", number(GIGA), b"\x85R"),
+    "bytes of a number, by an older name": pickled(b"c__builtin__\nbytearray\n", number(GIGA), b"\x85R"),
+    "a numpy number": pickled(numpy_of(f"V{GIGA}")),
+    "a storage": legacy_of_much,
+    "a long pickle": pickled(b"N0" * 5_000_000, b"N"),
+    "an array of zeros": deflated("a.npy"),
+    "zeros for PyTorch": deflated("m/data.pkl"),
+    "one array a thousand times": overlapping,
+    "one number as terabytes": expanded,
+    "kernels of huge patches": no_width,
+    "kernels of large patches": wide,
+    "a long index": long_index,
+}
+
+
+def tried(shop: Any, path: Path, answers: Connection) -> None:
+    model = shop.network()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    begun = time.process_time()
+    wrong = shop.wrong(model, path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    answers.send((wrong, peak - before, time.process_time() - begun))
+
+
+def in_a_fork(shop: Any, path: Path) -> tuple[str, int, float]:
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=tried, args=(shop, path, there))
+    process.start()
+    there.close()
+    answer = here.recv()
+    process.join()
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def warm(shop: Any) -> None:
+    """What the first load of a process imports is not what a file takes."""
+    assert shop.wrong(shop.network(), shop.safetensors(shop.state(), "good.safetensors")) == "loaded"
+
+
+@pytest.mark.fault(7)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to ask for the memory in use")
+@pytest.mark.parametrize("what", BOMBS)
+def test_it_is_refused_at_once(what: str, shop: Any):
+    wrong, grown, seconds = in_a_fork(shop, BOMBS[what](shop))
+    assert wrong == ""
+    assert grown < MOST_BYTES, f"{grown:,} bytes"
+    assert seconds < MOST_SECONDS
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to ask for the memory in use")
+def test_memory_that_is_used_is_seen(shop: Any, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise the test above would show nothing."""
+    monkeypatch.setattr(type(shop), "wrong", lambda *_: bytes(10**8).hex()[:3])
+    wrong, grown, _ = in_a_fork(shop, shop.place)
+    assert wrong == "000" and grown > 10**8

@@ -1,0 +1,154 @@
+"""The hub, by `huggingface_hub`, from a server on this machine that says as much as a download needs to hear."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.models.registry import build_model
+from vitrail.weights.fetch import FetchError, fetch_from_hub
+from vitrail.weights.load import create_model, load_weights
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TIMM = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+class Hub:
+    """Repositories that a server offers."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+
+    def offer(self, repo: str, name: str, data: bytes) -> None:
+        self.server.at(f"/{repo}/resolve/main/{name}", answering(data))
+        self.server.at(f"/{repo}/resolve/{COMMIT}/{name}", answering(data))
+
+    def refuse(self, repo: str, name: str, status: int, code: str) -> None:
+        self.server.at(f"/{repo}/resolve/main/{name}", refusing(status, code))
+
+    def asked(self) -> list[str]:
+        return [path.rpartition("/")[2] for path in self.server.asked]
+
+
+def answering(data: bytes) -> Callable[[Any], None]:
+    def answer(handler: Any) -> None:
+        tag = hashlib.sha256(data).hexdigest()
+        handler.head(200, ETag=f'"{tag}"', X_Repo_Commit=COMMIT, Content_Length=len(data))
+        if handler.command == "GET":
+            handler.wfile.write(data)
+
+    return answer
+
+
+def refusing(status: int, code: str) -> Callable[[Any], None]:
+    return lambda handler: handler.head(status, X_Error_Code=code, Content_Length=0)
+
+
+@pytest.fixture
+def hub(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """What HF_ENDPOINT and HF_HUB_CACHE set when they are there at the start."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "".join(template[1:]))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return Hub(server)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def go() -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    return go
+
+
+def test_a_file_and_what_says_how_it_is_used(hub: Hub, offline: Callable[[], None]):
+    hub.offer("org/name", "model.safetensors", b"weights")
+    hub.offer("org/name", "config.json", b"{}")
+    path = fetch_from_hub("org/name", "model.safetensors")
+    assert path.read_bytes() == b"weights" and path.with_name("config.json").read_bytes() == b"{}"
+    offline()
+    hub.server.asked.clear()
+    assert fetch_from_hub("org/name", "model.safetensors") == path and hub.server.asked == []
+    with pytest.raises(FetchError, match=r"org/name: other\.bin is not in the hub's cache, and HF_HUB_OFFLINE is set"):
+        fetch_from_hub("org/name", "other.bin")
+
+
+def test_what_the_hub_has_not_is_an_error_that_names_it(hub: Hub):
+    hub.offer("org/name", "model.safetensors", b"weights")
+    hub.refuse("org/none", "model.safetensors", 404, "RepoNotFound")
+    hub.refuse("org/gated", "model.safetensors", 403, "GatedRepo")
+    hub.refuse("org/name", "absent", 404, "EntryNotFound")
+    for repo, name in (("org/none", "model.safetensors"), ("org/gated", "model.safetensors"), ("org/name", "absent")):
+        with pytest.raises(FetchError, match=rf"^{repo}: {name} could not be had \(.*\): look at the name"):
+            fetch_from_hub(repo, name)
+    for repo in ("../etc", "a/b/c", "org/..", "", "org/na me"):
+        with pytest.raises(FetchError, match="could not be had"):
+            fetch_from_hub(repo, "model.safetensors")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_unless_the_cache_has_it(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    hub.offer("org/name", "model.safetensors", b"weights")
+    path = fetch_from_hub("org/name", "model.safetensors")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # it tries again, later and later
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    assert fetch_from_hub("org/name", "model.safetensors") == path
+    with pytest.raises(FetchError, match=r"other\.bin is not in the hub's cache, and the hub could not be reached"):
+        fetch_from_hub("org/name", "other.bin")
+
+
+def test_any_repository_of_the_hub_becomes_a_network(hub: Hub, shop: Any):
+    row = build_model("vit_debug")
+    state = {name: torch.randn_like(value) for name, value in row.state_dict().items()}
+    hub.offer("org/name", "model.safetensors", shop.safetensors(state).read_bytes())
+    said = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    hub.offer("org/name", "config.json", json.dumps({"architecture": "vit_debug", "pretrained_cfg": said}).encode())
+    model = create_model("hf-hub:org/name", pretrained=True)
+    assert (
+        model.variant == "vit_debug" and model.preprocess.mean == (0.1, 0.2, 0.3) and model.preprocess.crop_pct == 0.9
+    )
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    load_weights(row, "hf-hub:org/name")
+    assert torch.equal(row.cls_token, state["cls_token"])
+
+
+def test_a_repository_of_pickles_too_and_a_missing_one_names_the_usual_file(hub: Hub, shop: Any):
+    state = build_model("vit_debug").state_dict()
+    hub.offer("org/name", "pytorch_model.bin", shop.torch(state).read_bytes())
+    model = create_model("hf-hub:org/name", pretrained=True)
+    assert torch.equal(model.cls_token, state["cls_token"])
+    for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"):
+        hub.refuse("org/none", name, 404, "RepoNotFound")
+    with pytest.raises(FetchError, match=r"org/none: model\.safetensors could not be had"):
+        create_model("hf-hub:org/none", pretrained=True)
+
+
+def test_published_weights_by_their_name(hub: Hub, shop: Any):
+    """Of their real shapes, in half precision."""
+    torch.manual_seed(0)
+    state = build_model("vit_tiny_patch16_224").state_dict()
+    half = {name: (torch.randn_like(value) * 0.02).half() for name, value in state.items()}
+    hub.offer(TIMM, "model.safetensors", shop.safetensors(half).read_bytes())
+    model = create_model(TIMM.partition("/")[2], pretrained=True)
+    assert model.preprocess.mean == (0.5, 0.5, 0.5) and model.preprocess.crop_pct == 0.9 and model.num_classes == 1000
+    assert all(torch.equal(value, half[name].float()) for name, value in model.state_dict().items())
+    other = create_model("vit_tiny_patch16_224", pretrained=True, num_classes=3, img_size=96)
+    assert other.head.weight.shape == (3, 192) and other.pos_embed.shape == (1, 37, 192)
+    assert other.preprocess.img_size == (96, 96)
+    assert hub.asked().count("model.safetensors") == 3  # looked for, fetched, looked for again

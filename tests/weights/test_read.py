@@ -1,0 +1,231 @@
+"""Checkpoints as training scripts really write them: the weights are found, whatever stands around and beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vitrail.weights.load import load_weights
+from vitrail.weights.read import CheckpointError, kind_of, read_checkpoint
+
+State = dict[str, Any]
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return OrderedDict((prefix + name, value) for name, value in state.items())
+
+
+def other(state: State) -> State:
+    return {name: value + 1 for name, value in state.items()}
+
+
+def adam(state: State) -> dict[str, Any]:
+    moments = {
+        number: {"step": 3, "exp_avg": value, "exp_avg_sq": value} for number, value in enumerate(state.values())
+    }
+    return {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
+
+
+WRAPPED: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
+    "a bare state_dict": (lambda s: s, ()),
+    "DDP": (lambda s: prefixed(s, "module."), ("module.",)),
+    "torch.compile": (lambda s: prefixed(s, "_orig_mod."), ("_orig_mod.",)),
+    "DDP of torch.compile": (lambda s: {"model": prefixed(s, "module._orig_mod.")}, ("model", "module.", "_orig_mod.")),
+    "Lightning": (
+        lambda s: {
+            "epoch": 3,
+            "global_step": 100,
+            "state_dict": prefixed(s, "model."),
+            "optimizer_states": [adam(other(s))],
+            "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9), "dirpath": Path("runs")}},
+            "hyper_parameters": {"lr": 0.1},
+        },
+        ("state_dict", "model."),
+    ),
+    "an optimiser beside": (lambda s: {"optimizer": adam(other(s)), "model": s, "scaler": {"scale": 2.0}}, ("model",)),
+    "settings beside": (
+        lambda s: {"model": s, "args": argparse.Namespace(lr=0.1, out=Path("runs"), size=(32, 32), best=None)},
+        ("model",),
+    ),
+    "numpy's numbers beside": (
+        lambda s: {"state_dict": s, "best_acc1": np.float64(0.8), "loss": np.float32(1), "epoch": np.int64(7)},
+        ("state_dict",),
+    ),
+    "numpy's arrays beside": (
+        lambda s: {"model": s, "history": np.arange(5.0), "rng": np.random.get_state()},
+        ("model",),
+    ),
+    "random states beside": (lambda s: {"model": s, "rng": [torch.get_rng_state(), random.getstate()]}, ("model",)),
+    "a default dict beside": (lambda s: {"model": s, "log": defaultdict(list, {"loss": [1.0, 2.0]})}, ("model",)),
+    "an average beside": (lambda s: {"model": other(s), "model_ema": s, "epoch": 3}, ("model_ema",)),
+    "timm's average beside": (
+        lambda s: {"state_dict": other(s), "state_dict_ema": prefixed(s, "module."), "arch": "vit", "metric": 80.1},
+        ("state_dict_ema", "module."),
+    ),
+    "teacher and student": (lambda s: {"student": prefixed(other(s), "module."), "teacher": s}, ("teacher",)),
+    "an encoder": (
+        lambda s: {"encoder": other(s), "predictor": {"w": torch.zeros(1)}, "target_encoder": s},
+        ("target_encoder",),
+    ),
+    "one name nobody knows": (lambda s: {"weights of mine": s, "epoch": 3}, ("weights of mine",)),
+    "two wrappers": (lambda s: {"checkpoint": {"model": s, "epoch": 3}}, ("checkpoint", "model")),
+}  # fmt: skip
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("write", ["torch", "legacy"])
+@pytest.mark.parametrize("what", WRAPPED)
+def test_the_weights_are_found(what: str, write: str, shop: Any):
+    wrap, wrappers = WRAPPED[what]
+    state, model = shop.state(), shop.network()
+    path = getattr(shop, write)(wrap(state))
+    assert read_checkpoint(path).wrappers == wrappers
+    load_weights(model, path)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.fault(4)
+def test_numbers_of_an_older_numpy_stand_beside_too(shop: Any):
+    members = shop.members({"model": shop.state(), "best": np.float64(0.8), "seen": np.arange(3)})
+    old = members["good/data.pkl"].replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert old != members["good/data.pkl"]
+    found = read_checkpoint(shop.archive(members | {"good/data.pkl": old}))
+    assert found.wrappers == ("model",) and found.others == ("best", "seen")
+
+
+def test_nothing_of_what_stands_beside_is_kept(shop: Any):
+    found = read_checkpoint(shop.torch({"model": shop.state(), "args": argparse.Namespace(lr=0.1), "epoch": 3}))
+    assert found.others == ("args", "epoch") and set(found.tensors) == set(shop.state())
+    assert {type(value) for value in found.tensors.values()} == {torch.Tensor}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("write", ["safetensors", "torch", "legacy"])
+def test_weights_of_another_precision_become_the_networks(dtype: torch.dtype, write: str, shop: Any):
+    state = {name: value.to(dtype) for name, value in shop.state().items()}
+    model = shop.network()
+    load_weights(model, getattr(shop, write)(state))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(value, state[name].float()) for name, value in model.state_dict().items())
+
+
+def test_parameters_views_and_gradients_are_tensors(shop: Any):
+    state = shop.state()
+    both = torch.stack([state["norm.weight"], state["norm.bias"]], 1)
+    held = state | {"norm.weight": both[:, 0], "norm.bias": torch.nn.Parameter(state["norm.bias"])}
+    model = shop.network()
+    load_weights(model, shop.torch(held))
+    assert torch.equal(model.norm.weight, state["norm.weight"]) and torch.equal(model.norm.bias, state["norm.bias"])
+
+
+def test_numbers_without_a_dimension_stay_so(shop: Any):
+    found = read_checkpoint(shop.npz({"a": torch.tensor(3.0), "b": torch.arange(6.0).view(2, 3).T}))
+    assert found.tensors["a"].shape == () and torch.equal(found.tensors["b"], torch.arange(6.0).view(2, 3).T)
+
+
+# ---- which of several
+
+
+def test_a_part_is_named(shop: Any):
+    state = shop.state()
+    path = shop.torch({"net": {"a": state, "b": other(state)}, "model_ema": other(state), "model": state})
+    for part, expected in (("model", 0), ("model_ema", 1), (None, 1)):
+        found = read_checkpoint(path, part).tensors["norm.bias"]
+        assert torch.equal(found, state["norm.bias"] + expected)
+    model = shop.network()
+    load_weights(model, path, part="model")
+    assert torch.equal(model.norm.bias, state["norm.bias"])
+    with pytest.raises(CheckpointError, match=r"there is no part 'ema' in it; beside the weights stand net, model"):
+        read_checkpoint(path, "ema")
+    path = shop.torch({"checkpoint": {"mine": state, "yours": other(state)}, "epoch": 3})
+    assert torch.equal(read_checkpoint(path, "yours").tensors["norm.bias"], state["norm.bias"] + 1)
+    with pytest.raises(CheckpointError, match=r"no state_dict in it, or several \(mine, yours\): name it by part"):
+        read_checkpoint(path)
+
+
+# ---- files and folders
+
+
+def test_a_file_is_known_by_its_first_bytes_not_its_ending(shop: Any):
+    state = shop.state()
+    kinds = {"safetensors": "safetensors", "torch": "torch", "legacy": "torch", "small_npz": "npz"}
+    for write, kind in kinds.items():
+        path = getattr(shop, write)(state).rename(shop.place / "weights.npz.bin")
+        assert kind_of(path) == kind == read_checkpoint(str(path)).kind
+
+
+@pytest.mark.parametrize("name", ["code.pth", "archive_format.pt", "constants.pkl", "exported_program.pth"])
+def test_a_file_may_be_called_as_parts_of_programs_are(name: str, shop: Any):
+    assert read_checkpoint(shop.torch(shop.state(), name)).kind == "torch"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_holds_one_file_of_weights(name: str, shop: Any):
+    (shop.place / "repo").mkdir()
+    (shop.safetensors if name.endswith("tensors") else shop.torch)(shop.state(), f"repo/{name}")
+    (shop.place / "repo" / "config.json").write_text(json.dumps({"architecture": "vit_tiny", "num_classes": 2}))
+    model = shop.network()
+    for path in (shop.place / "repo", str(shop.place / "repo")):
+        assert load_weights(model, path).taken == len(shop.state())
+    assert read_checkpoint(shop.place / "repo").path == shop.place / "repo" / name
+
+
+def test_an_index_of_pickles_too(shop: Any):
+    state = shop.state()
+    (shop.place / "repo").mkdir()
+    names = list(state)
+    halves = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in halves.items():
+        shop.torch({f"model.{name}": state[name] for name in part}, f"repo/{file}")
+    places = {f"model.{name}": file for file, part in halves.items() for name in part}
+    (shop.place / "repo" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    found = read_checkpoint(shop.place / "repo")
+    assert found.kind == "sharded" and found.wrappers == ("model.",)
+    assert all(torch.equal(value, state[name]) for name, value in found.tensors.items())
+
+
+def test_what_all_parts_share_is_taken_off_not_what_one_has(shop: Any):
+    state = {"model.a": torch.zeros(1), "b": torch.zeros(1), "model.c": torch.zeros(1)}
+    assert set(read_checkpoint(shop.shards(state)).tensors) == set(state)
+
+
+def test_what_is_not_there_is_said(shop: Any):
+    with pytest.raises(CheckpointError, match=r"nothing\.pth: there is no such file"):
+        read_checkpoint(shop.place / "nothing.pth")
+    with pytest.raises(
+        CheckpointError, match=r"a folder of weights holds one of model\.safetensors, .*: name the file"
+    ):
+        read_checkpoint(shop.place)
+    folder = shop.shards(shop.state())
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json: its part a\.safetensors is not there"):
+        read_checkpoint(folder)
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_of_ours(shop: Any, monkeypatch: pytest.MonkeyPatch):
+    path = shop.torch(shop.state())
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(CheckpointError, match=r"m\.pth: damaged, not readable as a checkpoint .*Permission denied"):
+        read_checkpoint(path)
+
+
+def test_what_a_file_hangs_onto_its_tensors_is_left_behind(shop: Any):
+    tensor = shop.state()["norm.bias"]
+    tensor.numel = 3
+    tensor.to = "elsewhere"
+    found = read_checkpoint(shop.torch(shop.state() | {"norm.bias": tensor})).tensors["norm.bias"]
+    assert torch.equal(found, shop.state()["norm.bias"]) and found.numel() == 12 and vars(found) == {}
