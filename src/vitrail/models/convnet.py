@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.layers.embed import check_mask
+from vitrail.layers.embed import check_channels, check_mask
 from vitrail.layers.tokens import mean_tokens
 from vitrail.models.backbone import Backbone, Features
 
@@ -45,10 +45,8 @@ class ConvNet(Backbone):
 
     def _through(self, images: Tensor, mask: Tensor | None) -> list[Tensor]:
         """The map after each stage; padded pixels count as zeros."""
-        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
-            raise ValueError(f"images must be (B, {self.config.in_chans}, H, W); got shape {tuple(images.shape)}")
-        if mask is not None:
-            check_mask(mask, images)
+        check_channels(images, self.config.in_chans)
+        check_mask(mask, images)
         x = self.stem_map(images if mask is None else images.masked_fill(mask[:, None], 0))
         states = []
         for info in self.feature_info:

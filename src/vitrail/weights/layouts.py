@@ -9,17 +9,8 @@ from torch import Tensor
 from vitrail.weights.keymap import KeyMap
 from vitrail.weights.keymaps import convnext, crossvit, deit, encoders, hybrid, pvt, pvt_v2, swin, vit
 
-KEYMAPS: tuple[KeyMap, ...] = (
-    *vit.KEYMAPS,
-    *deit.KEYMAPS,
-    *encoders.KEYMAPS,
-    *hybrid.KEYMAPS,
-    *swin.KEYMAPS,
-    *pvt.KEYMAPS,
-    *pvt_v2.KEYMAPS,
-    *crossvit.KEYMAPS,
-    *convnext.KEYMAPS,
-)
+FAMILIES = (vit, deit, encoders, hybrid, swin, pvt, pvt_v2, crossvit, convnext)
+KEYMAPS: tuple[KeyMap, ...] = tuple(keymap for family in FAMILIES for keymap in family.KEYMAPS)
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
 
