@@ -303,7 +303,7 @@ class VisionTransformer(Backbone):
         """
         for module in self.modules():
             init_leaf(module)
-        for module in self.patch_embed.modules():
+        for module in self.patch_embed.proj.modules():
             if isinstance(module, nn.Conv2d | PatchLinear):
                 trunc_normal(module.weight, module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
