@@ -106,6 +106,19 @@ def test_pieces_that_do_not_go_together_are_named():
     assert set(MAP.to_ours({"net.head.bias": torch.zeros(3)})) == {"net.head.bias (no piece of head.bias)"}
 
 
+def test_what_cannot_be_changed_after_renaming_stays_as_it_is():
+    keymap = KeyMap(
+        "somebody", "vit", MAP.rows, after=lambda made: {"cls_token": made["cls_token"] + made["pos_embed"]}
+    )
+    both = {"token": torch.ones(1), "pos_embed": torch.ones(1)}
+    assert keymap.to_ours(both)["cls_token"] == 2
+    assert set(keymap.to_ours({"token": torch.ones(1)})) == {"cls_token"}
+    assert set(keymap.to_ours(both | {"pos_embed": torch.ones(3, 2)} | {"token": torch.ones(4)})) == {
+        "cls_token",
+        "pos_embed",
+    }
+
+
 def test_what_is_unknown_keeps_its_name_and_what_is_of_no_use_goes():
     assert set(MAP.to_ours({"mine": torch.zeros(1), "net.mask.token": torch.zeros(1)})) == {"mine"}
 

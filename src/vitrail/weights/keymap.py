@@ -97,7 +97,10 @@ class KeyMap:
                 made[name] = tensor
         for ours, found_pieces in pieces.items():
             made |= _joined(ours, found_pieces)
-        return self.after(made)
+        try:
+            return self.after(made)
+        except (RuntimeError, LookupError, ValueError):  # tensors that are not as this library has them
+            return made
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors by their names, the first where there are several, in pieces. What is unknown keeps its own."""
