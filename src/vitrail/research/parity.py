@@ -67,7 +67,7 @@ def compare(row: str, peer: Peer) -> Iterator[Parity]:
         except (ValueError, AssertionError, RuntimeError):  # each says otherwise that it takes its own size alone
             continue
         with plain_linear():
-            logits, maps = ours(images), ours.features(images, norm=False)
+            logits, maps = ours(images), ours.features(images, norm=peer.normed)
         shares = [
             share(_laid(state, like, prefix.shape[1]), like) for state, like, prefix in zip(states, *maps, strict=True)
         ]
@@ -102,7 +102,7 @@ def _outputs(peer: Peer) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
-        seen.extend(out if isinstance(out, list) else [out[0] if isinstance(out, tuple) else out])
+        seen.extend(out if isinstance(out, list) else [_first(out)])
 
     named = peer.model.named_modules()
     hooks = [module.register_forward_hook(keep) for name, module in named if re.fullmatch(peer.states, name)]
@@ -111,6 +111,14 @@ def _outputs(peer: Peer) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _first(out: Any) -> Tensor:
+    """What stands first in a tuple of tuples: some libraries give attention and more beside a state."""
+    while isinstance(out, tuple):
+        out = out[0]
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _laid(state: Tensor, like: Tensor, prefix: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,9 @@ class Peer(NamedTuple):
     logits: Callable[[Any], Tensor]
     """what a forward returns -> logits"""
     options: Mapping[str, Any] = {}
-    """fields of our config that make us treat sizes as theirs does"""
+    """fields of our config that make ours the same network"""
+    normed: bool = False
+    """whether those outputs are normed, as ours are on demand"""
 
 
 def build_peer(row: str, source: str) -> Peer | None:
@@ -83,13 +86,12 @@ def _timm(row: str) -> Peer | None:
         return None
     config = FAMILIES[ROWS[row]].variants[row]
     model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
-    peer = _drawn(row, "timm", model, _as_state_dict, _plain)
-    return peer._replace(options=OPTIONS.get(ROWS[row], {}))
+    return _drawn(row, "timm", model, _as_state_dict, _plain)
 
 
 def _any_size(row: str) -> dict[str, Any]:
     """What lets timm's network take another size at run time, where it needs telling."""
-    return {"dynamic_img_size": True} if ROWS[row] in ("vit", "deit", "hybrid") else {}
+    return {"dynamic_img_size": True} if ROWS[row] in ("vit", "deit", "hybrid", "eva") else {}
 
 
 def _torchvision(row: str) -> Peer | None:
@@ -107,8 +109,11 @@ def _transformers(row: str) -> Peer | None:
         return None
     import transformers
 
-    config = FAMILIES[family].variants[row]
-    said = CONFIGS[family](config) | {"num_labels": config.num_classes}
+    config = replace(FAMILIES[family].variants[row], **OPTIONS.get(("transformers", family), {}))
+    try:
+        said = CONFIGS[family](config) | {"num_labels": config.num_classes}
+    except ValueError:  # a network that transformers has under another name, or has not
+        return None
     kind = said.pop("architectures")[0]
     made = transformers.AutoConfig.for_model(said.pop("model_type"), **said)
     model = getattr(transformers, kind)(made)
@@ -126,7 +131,7 @@ def _drawn(
     family = ROWS[row]
     states = STATES[source][family]
     pattern = states if isinstance(states, str) else states(FAMILIES[family].variants[row])
-    return Peer(source, model.eval(), pattern, save, logits)
+    return Peer(source, model.eval(), pattern, save, logits, OPTIONS.get((source, family), {}), family in NORMED)
 
 
 def _plain(out: Any) -> Tensor:
@@ -156,11 +161,17 @@ def _last_blocks(template: str) -> Callable[[Any], str]:
     return lambda config: "|".join(template.format(i, depth - 1) for i, depth in enumerate(config.depths))
 
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"crossvit": {"dynamic_img_size": False}}
-"""by family, for timm, whose CrossViT resizes images of every size to its own"""
+OPTIONS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("timm", "crossvit"): {"dynamic_img_size": False},  # timm's resizes images of every size to its own
+    ("transformers", "pvt"): {"conv_norm_eps": 1e-6},  # which has one epsilon for all norms
+    ("transformers", "pvt_v2"): {"conv_norm_eps": 1e-6},
+}
+"""by library and family, what makes our network theirs"""
+NORMED = ("pvt_v2",)
+"""families whose stages end with a norm"""
 STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
     "timm": {
-        "vit": r"blocks\.\d+",
+        **dict.fromkeys(("vit", "deit", "beit", "eva"), r"blocks\.\d+"),
         "hybrid": r"blocks\.\d+",
         "cait": r"blocks\.\d+",
         "crossvit": r"blocks\.\d+",
@@ -175,6 +186,7 @@ STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
     },
     "transformers": {
         "vit": r"vit\.layers\.\d+",
+        "deit": r"deit\.layers\.\d+",
         "swin": _last_blocks(r"swin\.encoder\.layers\.{}\.blocks\.{}"),
         "pvt": _last_blocks(r"pvt\.encoder\.block\.{}\.{}"),
         "pvt_v2": r"pvt_v2\.encoder\.layers\.\d+",

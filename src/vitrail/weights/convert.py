@@ -22,13 +22,41 @@ from vitrail.names import check_choice
 from vitrail.weights.keymap import KeyMap
 from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
+from vitrail.weights.sources import SOURCES
 from vitrail.weights.transformers_configs import CONFIGS
 
 PILLOW = {name: int(number) for number, name in RESAMPLING.items()}
-TIMM = {"vit": "vit_base_patch16_224"}
-"""by family, a row that timm has by the same name and config; what differs from it goes into `model_args`"""
-NOT_TIMM = ("attn", "embed", "dynamic_pad", "norm", "norm_eps", "act", "num_classes")
-"""fields for which timm's constructors have no such argument"""
+TIMM = {
+    "vit": "vit_base_patch16_224",
+    "deit": "deit_base_distilled_patch16_224",
+    "swin": "swin_base_patch4_window7_224",
+    "cait": "cait_s24_224",
+    "pvt_v2": "pvt_v2_b2",
+    "crossvit": "crossvit_15_240",
+    "hybrid": "vit_base_r50_s16_224",
+    "beit": "beit_base_patch16_224",
+    "eva": "eva02_base_patch14_224",
+}
+"""by family, a row that timm has by the same name and config, to be told from with `model_args`"""
+OF_TIMM = {source.row for source in SOURCES.values() if source.place.startswith("hub:timm/")}
+"""rows that timm has"""
+SHAPE = {"img_size", "in_chans", "num_heads", "mlp_ratio", "qkv_bias"}
+ARGS = {
+    "vit": SHAPE | {"patch_size", "embed_dim", "depth", "qk_norm", "init_values", "class_token", "reg_tokens",
+                    "no_embed_class", "global_pool"},
+    "deit": SHAPE | {"patch_size", "embed_dim", "depth"},
+    "swin": SHAPE | {"patch_size", "embed_dim", "depths", "window_size"},
+    "cait": SHAPE | {"patch_size", "embed_dim", "depth", "depth_token_only"},
+    "pvt_v2": SHAPE - {"img_size", "mlp_ratio"} | {"embed_dims", "depths", "mlp_ratios", "sr_ratios", "linear"},
+    "crossvit": {"img_size", "in_chans"},
+    "hybrid": {"img_size", "in_chans"},
+    "beit": {"img_size", "in_chans"},
+    "eva": {"img_size", "in_chans"},
+}  # fmt: skip
+"""fields that timm's constructor of a family takes by the same name, in the same sense"""
+SAME = {"attn", "num_classes", "dynamic_pad", "img_size", "drop_rate", "pos_drop_rate", "proj_drop_rate",
+        "attn_drop_rate", "drop_path_rate"}  # fmt: skip
+"""fields that change no answer of a trained network, or are written elsewhere"""
 
 
 def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
@@ -50,10 +78,10 @@ def _ours(model: Backbone, path: Path) -> Path:
 def _timm(model: Backbone, path: Path) -> Path:
     if model.family not in TIMM:
         raise ValueError(f"timm has no {model.family} of these names: write it as vitrail or transformers do")
-    row = TIMM[model.family]
+    row = model.variant if model.variant in OF_TIMM else TIMM[model.family]
     own, usual = asdict(model.config), asdict(FAMILIES[model.family].variants[row])
     changed = {name: value for name, value in own.items() if value != usual[name]}
-    if strange := [name for name in ("embed", "norm", "norm_eps", "act") if name in changed]:
+    if strange := sorted(changed.keys() - ARGS[model.family] - SAME):
         raise ValueError(
             f"timm's {row} takes no {strange[0]}={own[strange[0]]!r}: write it as vitrail or transformers do"
         )
@@ -62,7 +90,7 @@ def _timm(model: Backbone, path: Path) -> Path:
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model),
-        "model_args": {name: value for name, value in changed.items() if name not in NOT_TIMM},
+        "model_args": {name: value for name, value in changed.items() if name in ARGS[model.family]},
     }
     return _write(model, path, {CONFIG: said}, None)
 
@@ -77,6 +105,7 @@ def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
         "crop_pct": p.crop_pct,
         "crop_mode": p.crop_mode,
         "num_classes": model.num_classes,
+        "fixed_input_size": "img_size" in ARGS[model.family],
     }
     return said | ({"label_names": list(model.classes)} if model.classes else {})
 

@@ -76,13 +76,13 @@ def _row_shapes(row: str) -> tuple[Shapes, Shapes]:
     """The shapes of a row's weights: those that every size of it shares, and those of heads, positions and pixels."""
     with torch.device("meta"):
         model = build_model(row)
-    free = {*model.head_weights(), *model.pixel_weights()}
-    loose: dict[str, tuple[int, ...]] = {}
+    heads, sized = model.head_weights(), {*model.position_tables(), *model.pixel_weights()}
+    loose: dict[str, tuple[int, ...]] = dict.fromkeys(heads, ())
     body = {}
     for name, value in model.state_dict().items():
-        if name in free or name in model.position_tables():
-            loose[name] = () if name in free else shape_of(value)
-        else:
+        if name in sized:
+            loose[name] = shape_of(value)
+        elif name not in heads:
             body[name] = shape_of(value)
     return body, loose
 
@@ -93,7 +93,7 @@ def _families(shapes: Shapes) -> list[str]:
     shares = {}
     for family, kind in FAMILIES.items():
         own = {_plain(name) for name in _row_shapes(next(iter(kind.variants)))[0]}
-        shares[family] = len(own & names) / len(own | names)
+        shares[family] = len(own & names) / min(len(own), len(names))
     return [family for family, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= ALIKE]
 
 

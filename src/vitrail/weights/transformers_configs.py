@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from vitrail.layers.embed import pair
+from vitrail.models.vit_config import ViTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "quick_gelu": "quick_gelu"}
 
+SAID = {
+    "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
+    "norm_eps", "act", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+    "dynamic_pad", "attn",
+}  # fmt: skip
+"""fields of a ViT that its `config.json` says, or that change no answer of a trained network"""
+
 
 def _vit(c: Any) -> dict[str, Any]:
-    if not (c.class_token and c.global_pool == "token" and c.pos_embed == "learn" and c.norm == "layernorm"):
-        raise ValueError(
-            "transformers' ViT has a class token, learned positions and LayerNorm; this network has not all"
-        )
-    if c.reg_tokens or c.qk_norm or c.init_values is not None or c.no_embed_class:
-        raise ValueError("transformers' ViT has no registers, LayerScale or normed queries; this network has")
+    plain = ViTConfig()
+    for name in (f.name for f in fields(plain) if f.name not in SAID):
+        if getattr(c, name) != getattr(plain, name):
+            raise ValueError(
+                f"transformers' ViT knows no {name}={getattr(c, name)!r}: write this network as timm or vitrail do"
+            )
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
@@ -38,6 +47,10 @@ def _square(size: Any) -> int | list[int]:
     return height if height == width else [height, width]
 
 
+def _deit(c: Any) -> dict[str, Any]:
+    return _vit(c) | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit"}
+
+
 def _swin(c: Any) -> dict[str, Any]:
     return {
         "architectures": ["SwinForImageClassification"],
@@ -56,7 +69,12 @@ def _swin(c: Any) -> dict[str, Any]:
 
 
 def _pyramid(c: Any) -> dict[str, Any]:
-    """What both PVTs share. Their one epsilon stands for our two."""
+    """What both PVTs share. They have one epsilon for all norms."""
+    if c.norm_eps != c.conv_norm_eps:
+        raise ValueError(
+            f"transformers' PVT has one epsilon; this network has norm_eps={c.norm_eps} and conv_norm_eps="
+            f"{c.conv_norm_eps}: make it with both alike, which changes answers by a few millionths"
+        )
     return {
         "hidden_sizes": list(c.embed_dims),
         "depths": list(c.depths),
@@ -70,11 +88,14 @@ def _pyramid(c: Any) -> dict[str, Any]:
 
 
 def _pvt(c: Any) -> dict[str, Any]:
+    if c.patch_size != 4:
+        raise ValueError(f"transformers' PVT has patches of 4 pixels; this network has {c.patch_size}")
     return _pyramid(c) | {
         "architectures": ["PvtForImageClassification"],
         "model_type": "pvt",
         "sequence_reduction_ratios": list(c.sr_ratios),
         "patch_sizes": [c.patch_size, 2, 2, 2],
+        "strides": [c.patch_size, 2, 2, 2],
     }
 
 
@@ -89,4 +110,10 @@ def _pvt_v2(c: Any) -> dict[str, Any]:
     }
 
 
-CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {"vit": _vit, "swin": _swin, "pvt": _pvt, "pvt_v2": _pvt_v2}
+CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "vit": _vit,
+    "deit": _deit,
+    "swin": _swin,
+    "pvt": _pvt,
+    "pvt_v2": _pvt_v2,
+}
