@@ -6,28 +6,39 @@ local-dir:path, hf-hub:org/name ── fetched ──> a file ── read_file �
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from vitrail.folder import WEIGHTS, find_folder, read_weights
+from vitrail.folder import CONFIG, WEIGHTS, find_folder, read_weights
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.records import Preprocess
-from vitrail.weights.doctor import likely_row
+from vitrail.weights.doctor import likeness
 from vitrail.weights.fetch import FetchError, fetch_from_hub
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import ours
-from vitrail.weights.own import saved_tables
+from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
 
 LOCAL = "local-dir:"
+FREE = {
+    "img_size", "patch_size", "in_chans", "num_classes", "window_size", "ref_feat_shape", "attn", "dynamic_pad",
+    "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "init_values",
+}  # fmt: skip
+"""fields in which a network may differ from the one that its weights were of: sizes, or what trained nets do not use"""
+EPSILONS = {"norm_eps", "conv_norm_eps"}
+NEAR_EPSILON = 1e-5
+LOG = logging.getLogger("vitrail")
 
 
 class Place(NamedTuple):
@@ -55,6 +66,8 @@ class File(NamedTuple):
 def place_of(name: str) -> Place | None:
     """What `hf-hub:org/name` and `local-dir:path` mean; None for other names."""
     hub = next((prefix for prefix in HUB if name.startswith(prefix)), None)
+    if name in (*HUB, LOCAL):
+        raise CheckpointError(f"{name} must be followed by what it names: hf-hub:org/name, local-dir:path")
     if hub is not None:
         return Place(name.removeprefix(hub), Path())
     return Place("", Path(name.removeprefix(LOCAL))) if name.startswith(LOCAL) else None
@@ -73,8 +86,17 @@ def fetched(place: Place) -> Path:
     raise failed[0]
 
 
+def is_own(path: Path) -> bool:
+    """Whether a folder is a model folder of ours, or a run folder that holds one."""
+    if not path.is_dir():
+        return False
+    home = path / "model" if not (path / CONFIG).exists() and (path / "model" / CONFIG).is_file() else path
+    return read_sidecar(home).card is not None
+
+
 def read_file(path: Path, part: str | None = None) -> File:
     """A file, or a folder that holds one, with its names turned into ours. Model folders of ours are checked."""
+    path = find_folder(path) if is_own(path) else path
     beside = read_sidecar(path)
     if beside.card is not None and path.is_dir():
         weights = read_weights(find_folder(path))
@@ -97,66 +119,110 @@ def put_in(
 ) -> Report:
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
     report = Report(source=file.source, renamed=file.renamed)
+    check_said(model, file)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest
     )
     known = preprocess or file.beside.preprocess
     if known is not None and known.in_chans == len(RGB) and bands is not None:
-        known = for_bands(known, bands)
+        known = banded_preprocess(known, bands)
     put(model, made)
     model.weights = file.where
     if known is not None and known.in_chans == model.preprocess.in_chans:
         model.preprocess = known.replace(img_size=pair(model.config.img_size))
-    if not new_head and len(file.beside.classes) == model.num_classes:
-        model.classes = file.beside.classes
+    if not new_head:
+        fitting = len(file.beside.classes) == model.num_classes
+        model.classes = file.beside.classes if fitting else ()
+    model.images = file.beside.card.images if file.beside.card is not None else ""
     tell(file.where, report)
     return report
 
 
-def for_bands(preprocess: Preprocess, bands: Sequence[str]) -> Preprocess:
-    """How images of these bands are prepared: red, green and blue as before, the others by the mean of the three."""
-    names = [band.strip().lower() for band in bands]
+def check_said(model: Backbone, file: File) -> None:
+    """What no shape shows, such as heads and activations, must be as the file's own config says where there is one.
 
-    def spread(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values[RGB.index(name)] if name in RGB else sum(values) / len(values) for name in names)
+    Raises `CheckpointError`. Epsilons that differ by little are told, for they change answers by little.
+    """
+    card = file.beside.card
+    saved = dict(file.beside.fields) if card is None else dict(card.config)
+    own = asdict(model.config)
+    if card is not None and card.family != model.family:
+        return  # their shapes will tell
+    other = {
+        name: (own[name], like(saved[name]))
+        for name in saved
+        if name in own and name not in FREE and like(saved[name]) != own[name]
+    }
+    near = {name for name, (a, b) in other.items() if name in EPSILONS and max(a, b) <= NEAR_EPSILON}
+    for name in sorted(near):
+        LOG.info("%s: made with %s=%g, the network has %g", file.where, name, other[name][1], other[name][0])
+    if wrong := sorted(other.keys() - near):
+        pairs = ", ".join(f"{name}={other[name][0]!r}, not {other[name][1]!r}" for name in wrong)
+        raise CheckpointError(
+            f"{file.where}: weights must be of a network of the same config; this one has {pairs}: build it so, or use "
+            f"create_model('local-dir:{file.where}', pretrained=True)"
+        )
 
-    return preprocess.replace(mean=spread(preprocess.mean), std=spread(preprocess.std))
+
+def like(value: Any) -> Any:
+    """As a config holds it: JSON has lists for tuples."""
+    return tuple(like(part) for part in value) if isinstance(value, list) else value
 
 
 def model_of_source(
     source: Source, overrides: Mapping[str, Any], bands: Sequence[str] | None = None, rest: Rest = "mean"
 ) -> Backbone:
     """The row that published weights are for, holding them."""
-    return _filled(source.row, read_file(source.fetch()), overrides, source.preprocess, bands, rest)
+    return filled(source.row, read_file(source.fetch()), overrides, source.preprocess, bands, rest)
 
 
 def model_of_file(
     path: Path, overrides: Mapping[str, Any], bands: Sequence[str] | None = None, rest: Rest = "mean"
 ) -> Backbone:
-    """The network that a file of weights is for, found by its shapes, holding them."""
+    """The network that a file of weights is for, holding them.
+
+    A model folder of ours says which; of other files the shapes do, and what stands beside them.
+    """
+    own = path.parent if path.name == WEIGHTS else path
+    if is_own(own):
+        return load_folder(find_folder(own), overrides, bands, rest)
     file = read_file(path)
-    row = likely_row(file.tensors)
+    row = row_of(file)
     if not row:
         raise CheckpointError(
             f"{file.where}: no network here has these shapes; `vitrail inspect` shows the nearest: build it yourself "
             "and use load_weights(model, path)"
         )
-    return _filled(row, file, overrides, file.beside.preprocess, bands, rest)
+    return filled(row, file, overrides, file.beside.preprocess, bands, rest)
 
 
-def _filled(
+def row_of(file: File) -> str:
+    """The row that a file is for: the one that is named beside it, if it can be, else the nearest; or empty."""
+    said, fitting = file.beside.architecture, [like.row for like in likeness(file.tensors) if like.share == 1]
+    if said in ROWS and (said in fitting or file.beside.fields):
+        return said
+    return fitting[0] if fitting else ""
+
+
+def filled(
     row: str,
     file: File,
     overrides: Mapping[str, Any],
-    preprocess: Preprocess | None,
-    bands: Sequence[str] | None,
-    rest: Rest,
+    preprocess: Preprocess | None = None,
+    bands: Sequence[str] | None = None,
+    rest: Rest = "mean",
 ) -> Backbone:
+    """A row with `overrides`, holding a file's weights: with its head, channels and size where nothing else is asked.
+
+    Raises `CheckpointError` as `put_in` does.
+    """
     config = FAMILIES[ROWS[row]].variants[row]
     given = spelled(type(config), overrides, config)
-    model = build_model(row, **{**file.beside.fields, **given})
-    if "img_size" not in given and (size := size_of(model, file.tensors)) != pair(model.config.img_size):
-        model = build_model(row, **{**file.beside.fields, **given, "img_size": size})
+    said = _plausible(file, config)
+    with torch.device("meta"):
+        bare = build_model(row, **said)
+    said |= {name: value for name, value in _seen(bare, file.tensors, bands).items() if name not in given}
+    model = build_model(row, **{**said, **given})
     heads = [file.tensors[name] for name in model.head_weights() if name in file.tensors]
     classes = int(heads[0].shape[0]) if heads else 0
     if "num_classes" not in given and model.num_classes != classes:
@@ -164,6 +230,27 @@ def _filled(
     new_head = model.num_classes != classes
     put_in(model, file, preprocess, new_head=new_head, bands=bands, rest=rest)
     return model
+
+
+def _plausible(file: File, config: Any) -> dict[str, Any]:
+    """What stands beside a file, as far as a config has such fields, and its weights could be of such a network."""
+    said = {name: value for name, value in file.beside.fields.items() if name in {f.name for f in fields(config)}}
+    layers = sum(max(1, n) for name in ("depth", "depths") for n in whole_numbers(said.get(name, 0)))
+    largest = max((max(tensor.shape, default=0) for tensor in file.tensors.values()), default=0)
+    numbers = [n for name, value in said.items() if name != "img_size" for n in whole_numbers(value)]
+    if layers > 2 * len(file.tensors) + 2 or max(numbers, default=0) > max(largest, 1):
+        raise CheckpointError(f"{file.where}: what stands beside it describes a larger network than its weights are of")
+    return said
+
+
+def _seen(model: Backbone, tensors: Mapping[str, Tensor], bands: Sequence[str] | None) -> dict[str, Any]:
+    """What weights show of the network they were of: the size of its images, and its channels."""
+    size, own = size_of(model, tensors), model.state_dict()
+    seen: dict[str, Any] = {} if size == pair(model.config.img_size) else {"img_size": size}
+    kernels = [tensors[name] for name in model.pixel_weights() if name in tensors and own[name].ndim == 4]
+    if bands is None and kernels and kernels[0].ndim == 4 and kernels[0].shape[1] != model.preprocess.in_chans:
+        seen["in_chans"] = int(kernels[0].shape[1])
+    return seen
 
 
 def size_of(model: Backbone, tensors: Mapping[str, Tensor]) -> tuple[int, int]:

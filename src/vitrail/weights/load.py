@@ -19,11 +19,11 @@ from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import ROWS, build_model, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
+from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest
-from vitrail.weights.foreign import fetched, model_of_file, model_of_source, place_of, put_in, read_file
+from vitrail.weights.foreign import File, fetched, filled, model_of_file, model_of_source, place_of, put_in, read_file
 from vitrail.weights.own import load_folder
 from vitrail.weights.read import CheckpointError
-from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.sources import SOURCES, find_source, near_sources
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
@@ -67,6 +67,10 @@ def create_model(
     overrides = unpacked(overrides)
     if pretrained:
         return _pretrained(name, overrides, bands, rest)
+    if bands is not None:
+        raise ValueError(f"bands say where trained kernels go; {name} begins with fresh ones: give in_chans alone")
+    if place_of(name):
+        raise ValueError(f"{name} names weights: use create_model({name!r}, pretrained=True)")
     if name in SHIPPED:
         raise ValueError(f"{name} ships with its weights: use create_model({name!r}, pretrained=True)")
     source = SOURCES.get(name)
@@ -77,7 +81,7 @@ def create_model(
 
 def _pretrained(name: str, overrides: dict[str, Any], bands: Sequence[str] | None, rest: Rest) -> Backbone:
     if name in SHIPPED:
-        return load_folder(SHIPPED[name].folder, overrides)
+        return load_folder(SHIPPED[name].folder, overrides, bands, rest)
     if place := place_of(name):
         return model_of_file(fetched(place), overrides, bands, rest)
     source = find_source(name) or find_source(_row_of(name, overrides))
@@ -114,14 +118,26 @@ def load_weights(
     Raises `CheckpointError` (a `ValueError`) that names what is missing, extra or of a shape that cannot be made to
     fit, `UnsafeCheckpoint` for a file that would run code, `FetchError` for weights that cannot be had.
     """
-    known = None if Path(source).exists() else find_source(str(source))
-    path = known.fetch() if known else Path(source)
-    if place := None if known else place_of(str(source)):
-        path = fetched(place)
-    elif known is None and not path.exists():
-        raise CheckpointError(f"{source}: neither a file, nor published weights: the nearest are {near(str(source))}")
-    file = read_file(path, part)
-    return put_in(model, file, known.preprocess if known else None, new_head=new_head, bands=bands, rest=rest)
+    if Path(source).exists():
+        file, known = read_file(Path(source), part), None
+    else:
+        file, known = _named(str(source), part)
+    return put_in(model, file, known, new_head=new_head, bands=bands, rest=rest)
+
+
+def _named(name: str, part: str | None) -> tuple[File, Preprocess | None]:
+    """What a name of weights stands for, and how images are prepared for them where the file does not say."""
+    if name in SHIPPED:
+        return read_file(SHIPPED[name].folder, part), None
+    if place := place_of(name):
+        return read_file(fetched(place), part), None
+    source = find_source(name) or find_source(_row_of(name, {}))
+    if source is None:
+        raise CheckpointError(
+            f"{name}: neither a file nor published weights; published are {', '.join(near_sources(name))} and more "
+            "(`vitrail models --pretrained`)"
+        )
+    return read_file(source.fetch(), part), source.preprocess
 
 
 def say_row(name: str, row: str, img_size: int) -> None:
@@ -163,12 +179,11 @@ def open_weights(source: str, row: str = "") -> Backbone:
     """
     path = Path(source)
     if row:
-        model = build_model(row)
-        load_weights(model, source)
-        return model.eval()
-    if path.is_file() or (path.is_dir() and read_sidecar(path).card is None):
+        file, known = (read_file(path), None) if path.exists() else _named(source, None)
+        return filled(row, file, {}, known or file.beside.preprocess).eval()
+    if path.exists():
         return model_of_file(path, {}).eval()
-    return (load_model(source) if path.exists() or source in SHIPPED else create_model(source, pretrained=True)).eval()
+    return create_model(source, pretrained=True).eval()
 
 
 def _is_architecture(name: str) -> bool:

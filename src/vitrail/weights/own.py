@@ -14,8 +14,8 @@ from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, build_from_config
-from vitrail.records import ModelCard
-from vitrail.weights.fit import Report, check_fit, fitted, tell
+from vitrail.records import ModelCard, Preprocess
+from vitrail.weights.fit import RGB, Report, Rest, check_fit, fitted, tell
 from vitrail.weights.read import CheckpointError
 
 SPARE_BYTES = 64_000_000
@@ -24,8 +24,15 @@ STRETCH = 4
 """how many times larger or smaller than the network's own size images may be prepared"""
 
 
-def load_folder(folder: Path, overrides: Mapping[str, Any] | None = None) -> Backbone:
+def load_folder(
+    folder: Path,
+    overrides: Mapping[str, Any] | None = None,
+    bands: Sequence[str] | None = None,
+    rest: Rest = "mean",
+) -> Backbone:
     """The card's network with `overrides` of its config, its weights resized where that asks for it.
+
+    `bands` and `rest` are those of `create_model`.
 
     Raises `FolderError` where files are damaged and where card and weights do not fit each other.
     """
@@ -38,17 +45,29 @@ def load_folder(folder: Path, overrides: Mapping[str, Any] | None = None) -> Bac
     _check_card(folder, model, card)
     changes = spelled(type(model.config), overrides or {}, model.config)
     classes = changes.pop("num_classes", model.config.num_classes)
-    if changes:
+    if changes or bands is not None:
         saved, model = model, _empty(folder, card, changes)
-        weights = _resized(folder, weights, saved, model)
+        weights = _resized(folder, weights, saved, model, bands, rest)
     _fill(folder, model, weights)
     model.preprocess, model.classes, model.images = card.preprocess, card.classes, card.images
+    if bands is not None:
+        model.preprocess = banded_preprocess(card.preprocess, bands)
     model.weights = str(folder)
     if "img_size" in changes:
-        model.preprocess = card.preprocess.replace(img_size=pair(model.config.img_size))
+        model.preprocess = model.preprocess.replace(img_size=pair(model.config.img_size))
     if classes != model.config.num_classes:
         model.reset_classifier(classes)
     return model
+
+
+def banded_preprocess(preprocess: Preprocess, bands: Sequence[str]) -> Preprocess:
+    """How images of these bands are prepared: red, green and blue as before, the others by the mean of the three."""
+    names = [band.strip().lower() for band in bands]
+
+    def spread(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values[RGB.index(name)] if name in RGB else sum(values) / len(values) for name in names)
+
+    return preprocess.replace(mean=spread(preprocess.mean), std=spread(preprocess.std))
 
 
 def saved_tables(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> dict[str, PositionTable]:
@@ -57,13 +76,20 @@ def saved_tables(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -
     return _empty(folder, card, {}).position_tables()
 
 
-def _resized(folder: Path, weights: dict[str, Tensor], saved: Backbone, model: Backbone) -> dict[str, Tensor]:
-    """`weights` of the network `saved`, as `model` of another size needs them."""
+def _resized(
+    folder: Path,
+    weights: dict[str, Tensor],
+    saved: Backbone,
+    model: Backbone,
+    bands: Sequence[str] | None,
+    rest: Rest,
+) -> dict[str, Tensor]:
+    """`weights` of the network `saved`, as `model` of another size or other channels needs them."""
     report = Report()
     try:
-        made = fitted(str(folder), model, weights, report, tables=saved.position_tables())
+        made = fitted(str(folder), model, weights, report, tables=saved.position_tables(), bands=bands, rest=rest)
     except CheckpointError as error:
-        raise FolderError(f"{error}: load them with the config they had") from None
+        raise FolderError(str(error)) from None
     tell(str(folder), report)
     return made
 
@@ -88,17 +114,17 @@ def _fill(folder: Path, model: Backbone, weights: Mapping[str, Tensor]) -> None:
 def _check_depth(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
     """Every layer has a tensor at least: a config of many more would build modules until the memory is full."""
     said = [card.config[key] for key in ("depth", "depths") if key in card.config]
-    if (layers := sum(max(n, 1) for n in _whole_numbers(said))) > len(weights):
+    if (layers := sum(max(n, 1) for n in whole_numbers(said))) > len(weights):
         raise FolderError(
             f"{folder}: a config of {layers:,} layers needs a tensor for each; the weights hold {len(weights)}: "
             "load them with the config they had"
         )
 
 
-def _whole_numbers(value: Any) -> list[int]:
+def whole_numbers(value: Any) -> list[int]:
     """Those in a list, and in lists within it: blocks, blocks of each stage, of each branch of each stage."""
-    if isinstance(value, list):
-        return [number for part in value for number in _whole_numbers(part)]
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in whole_numbers(part)]
     return [value] if isinstance(value, int) else []
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, read_card
+from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, MAX_NUMBER, read_card
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
+from vitrail.weights.transformers_configs import ACTIVATIONS
 
 PROCESSOR = "preprocessor_config.json"
+LONGEST_LIST = 100
 RESAMPLING = {"2": "bilinear", "3": "bicubic"}
 """Pillow's numbers, as transformers writes them"""
 
@@ -77,7 +79,26 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
         "crop_mode": said.get("crop_mode"),
     }
     names = config.get("label_names", said.get("label_names"))
-    return Sidecar(_preprocess(given), _classes(names), _name(config["architecture"]))
+    return Sidecar(
+        _preprocess(given), _classes(names), _name(config["architecture"]), _fields(config.get("model_args"))
+    )
+
+
+def _fields(said: object) -> dict[str, Any]:
+    """Numbers, switches, words and lists of such, as a config may hold them; whatever else there is counts as not."""
+    if not isinstance(said, dict):
+        return {}
+    return {name: _tuple(value) for name, value in said.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= LONGEST_LIST and all(_is_plain(part) for part in value)
+    return isinstance(value, bool | str) or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
 
 
 def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Sidecar:
@@ -90,7 +111,12 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
     eps = config.get("layer_norm_eps")
     kind = _name(config.get("model_type"))
-    fields = dict.fromkeys(EPSILONS.get(kind, ("norm_eps",)), eps) if isinstance(eps, float) and 0 < eps < 1 else {}
+    fields: dict[str, Any] = {}
+    if isinstance(eps, float) and 0 < eps < 1:
+        fields |= dict.fromkeys(EPSILONS.get(kind, ("norm_eps",)), eps)
+    fields |= _fields({"num_heads": config.get("num_attention_heads", config.get("num_heads"))})
+    if config.get("hidden_act") in ACTIVATIONS.values():
+        fields["act"] = next(ours for ours, theirs in ACTIVATIONS.items() if theirs == config["hidden_act"])
     prepared = _preprocess(given) if _scales_as_here(processor) else None
     return Sidecar(prepared, _classes(ordered), kind, fields)
 
