@@ -17,7 +17,7 @@ from rich.table import Table
 from vitrail.data.badimages import OnBadImage
 from vitrail.flags import existing
 from vitrail.images import SUFFIXES
-from vitrail.names import nearest, printable
+from vitrail.names import check_choice, nearest, printable
 from vitrail.processes import is_first
 from vitrail.train.config import TrainConfig
 
@@ -31,6 +31,8 @@ BATCH = 32
 """images that are classified at a time"""
 Model = Annotated[str, "a run folder, a model folder, or a shipped model's name"]
 Out = Annotated[str, "folder for the pictures, made if needed"]
+WIDEST = 10_000
+"""columns of a table that no terminal shows: as wide as it likes"""
 SPLIT = (
     "test, val, train or all; if not said: all of a folder without parts that the model was not trained on, else test"
 )
@@ -156,33 +158,41 @@ def models(
 ) -> None:
     """List the models that can be built, with their exact parameter counts at 1000 classes or as named."""
     table = _published(pattern) if pretrained else _rows(pattern)
-    console = Console(width=None if sys.stdout.isatty() else 200 if pretrained else 100)
+    console = Console(width=None if sys.stdout.isatty() else WIDEST)  # each row on a line of its own for programs
     with console.capture() as shown:  # its own end where nobody reads is another one
         console.print(table)
     print(shown.get(), end="")
 
 
 def _rows(pattern: str) -> Table:
-    from vitrail.models.registry import list_models, model_table
+    from vitrail.models.registry import model_table
 
-    if not list_models(pattern):
-        raise ValueError(f"no model matches {pattern!r}; the nearest are {', '.join(nearest(pattern, list_models()))}")
+    _check_matches(pattern)
     table = Table("model", "parameters", "image size", "classes", box=None)
     for row in model_table(pattern):
         table.add_row(row.name, f"{row.parameters:,}", f"{row.img_size[0]} x {row.img_size[1]}", str(row.num_classes))
     return table
 
 
+def _check_matches(pattern: str) -> None:
+    from vitrail.models.registry import list_models
+
+    if not list_models(pattern):
+        raise ValueError(f"no model matches {pattern!r}; the nearest are {', '.join(nearest(pattern, list_models()))}")
+
+
 def _published(pattern: str) -> Table:
+    """Those whose whole name or whose row matches, for `vit_base_patch16_224` is a row of many."""
     from vitrail.weights.sources import SOURCES
 
-    found = [source for name, source in SOURCES.items() if fnmatch(name, pattern)]
+    found = [source for source in SOURCES.values() if fnmatch(source.name, pattern) or fnmatch(source.row, pattern)]
     if not found:
         raise ValueError(f"no weights match {pattern!r}; the nearest are {', '.join(nearest(pattern, SOURCES))}")
-    table = Table("weights", "classes", "image size", "licence", "from", box=None)
+    table = Table("weights", "classes", "image size", "licence", "names", box=None)
+    table.add_column("from", overflow="fold")
     for source in found:
-        height, width = source.preprocess.img_size
-        table.add_row(source.name, str(source.classes or "none"), f"{height} x {width}", source.licence, source.place)
+        size, classes = "{} x {}".format(*source.preprocess.img_size), str(source.classes or "none")
+        table.add_row(source.name, classes, size, source.licence, source.keys, source.place)
     return table
 
 
@@ -209,9 +219,10 @@ def convert(
     model: Annotated[str, "the network, where a file fits several or none by itself"] = "",
 ) -> None:
     """Write a model as other libraries write theirs; numbers stay exactly what they are."""
-    from vitrail.weights.convert import convert as write
+    from vitrail.weights.convert import LAYOUTS, convert as write
     from vitrail.weights.load import open_weights
 
+    check_choice("--to", to, LAYOUTS)
     print(printable(str(write(open_weights(source, model), out, to))))
 
 
@@ -219,14 +230,17 @@ def parity(
     pattern: Annotated[str, "shell pattern of models, such as 'swin_*'"] = "*",
     /,
     *,
-    sources: Annotated[list[str] | None, "timm, torchvision, transformers; all of them by default"] = None,
+    sources: Annotated[list[str] | None, "timm, torchvision, transformers; by default those installed"] = None,
 ) -> None:
     """Hold models against other libraries' with the same random weights; print the largest differences (Markdown)."""
     from vitrail.research.parity import parity_table
     from vitrail.research.peers import SOURCES
 
+    _check_matches(pattern)
+    for source in sources or ():
+        check_choice("--sources", source, SOURCES)
     print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
-    for found in parity_table(pattern, tuple(sources or SOURCES)):
+    for found in parity_table(pattern, sources):
         ours, theirs = found.parameters
         count = f"{ours:,}" if ours == theirs else f"{ours:,}, not {theirs:,}"
         size, far = f"{found.size[0]} x {found.size[1]}", f"{found.logits:.1e} | {found.features:.1e}"

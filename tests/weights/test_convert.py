@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.cli import main
 from vitrail.folder import FolderError
@@ -38,6 +38,61 @@ def test_a_round_trip_is_exact(layout: str, model: Backbone, tmp_path: Path):
     assert again.classes == model.classes and again.preprocess == SEEN
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("crop_pct", [1.0, 32 / 36, 0.8])
+def test_what_is_cut_out_of_a_picture_comes_back_too(crop_pct: float, layout: str, model: Backbone, tmp_path: Path):
+    model.preprocess = SEEN.replace(crop_mode="center", crop_pct=crop_pct)
+    convert(model, tmp_path / "out", layout)
+    again = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert again.preprocess == model.preprocess
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"crop_mode": "center", "crop_pct": 0.9}, r"32 / crop_pct=0.9 is none: set crop_pct=32 / 36 of"),
+    ({"crop_mode": "center", "img_size": (32, 48)}, "not how 32 x 48 is cut out here: set crop_mode='squash'"),
+    ({"crop_pct": 0.9}, r"knows no crop_pct=0.9 of a squashed picture: set crop_pct=1.0"),
+])  # fmt: skip
+def test_a_cut_that_transformers_cannot_say_is_refused(changes, message: str, model: Backbone, tmp_path: Path):
+    model.preprocess = SEEN.replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        convert(model, tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_which_nobody_said_how_they_are_prepared_are_told_to_no_other_library(
+    model: Backbone, tmp_path: Path
+):
+    model.preprocess = SEEN.replace(known=False)
+    for layout in ("timm", "transformers"):
+        with pytest.raises(ValueError, match=f"{layout} wants to be told .*: set model.preprocess first"):
+            convert(model, tmp_path / layout, layout)
+    assert convert(model, tmp_path / "vitrail", "vitrail").is_dir()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_put_in_by_hand_is_refused(layout: str, model: Backbone, tmp_path: Path):
+    model.head = nn.Sequential(nn.Linear(model.num_features, 4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="got head.0.weight.* beside that: make heads with reset_classifier"):
+        convert(model, tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compiled_part_is_written_by_its_own_names(model: Backbone, tmp_path: Path):
+    before = model.state_dict()
+    model.blocks[0] = torch.compile(model.blocks[0])
+    convert(model, tmp_path / "out", "timm")
+    again = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    assert set(again) == set(before)
+
+
+def test_a_deit_without_distillation_is_no_deit_of_transformers(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has a distillation token, and this network has none \(distilled=False\)"):
+        convert(build_model("deit_debug", distilled=False), tmp_path / "out", "transformers")
+    assert (
+        convert(build_model("deit_debug", distilled=True), tmp_path / "out", "transformers") / "config.json"
+    ).exists()
+
+
 @torch.no_grad()
 def test_timm_opens_what_is_written_for_it(model: Backbone, tmp_path: Path):
     timm = pytest.importorskip("timm")
@@ -46,6 +101,15 @@ def test_timm_opens_what_is_written_for_it(model: Backbone, tmp_path: Path):
     assert torch.allclose(theirs(images), model(images), atol=1e-5)
     seen = timm.data.resolve_model_data_config(theirs)
     assert (seen["mean"], seen["std"], tuple(seen["input_size"])) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], (3, 32, 32))
+
+
+def test_transformers_cuts_what_is_cut_here(model: Backbone, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model.preprocess = SEEN.replace(crop_mode="center", crop_pct=0.8)
+    processor = transformers.AutoImageProcessor.from_pretrained(convert(model, tmp_path / "out", "transformers"))
+    picture = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)  # of the short side that is asked for: 32 / 0.8
+    prepared = processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(prepared, SEEN.normalise(picture[:, 4:36, 14:46]), atol=1e-5)
 
 
 @torch.no_grad()
@@ -86,4 +150,7 @@ def test_the_command_writes_a_shipped_model_for_timm(tmp_path: Path, capsys: pyt
     said = json.loads((out / "config.json").read_text())
     assert said["architecture"] == "vit_base_patch16_224" and said["model_args"]["embed_dim"] == 128
     assert main(["convert", "bloodcells", str(out), "--to", "timmm"]) == 2
-    assert "did you mean timm" in capsys.readouterr().err
+    assert (
+        "error: --to must be one of vitrail, timm, transformers; got 'timmm': did you mean timm"
+        in capsys.readouterr().err
+    )

@@ -163,6 +163,26 @@ def test_other_channels_must_be_named(shop: Any):
         fit(shop.network(in_chans=4), shop.state(), bands=("red", "green", "blue", "nir"), rest="none")
 
 
+def test_bands_are_a_sequence_that_names_a_colour(shop: Any):
+    for bands, message in (
+        ("rgbn", r"bands must be a sequence of names, one a channel; got the text 'rgbn': say bands=\('red'"),
+        (("nir", "swir", "vv", "vh"), "bands must name red, green or blue .*; got nir, swir, vv, vh: call the nearest"),
+    ):
+        with pytest.raises(ValueError, match=f"^here: {message}"):
+            fit(shop.network(in_chans=4), shop.state(), bands=bands)
+    assert fit(shop.network(in_chans=4), shop.state(), bands=("red", "swir", "vv", "vh"))[1].bands
+
+
+def test_channels_in_another_order_are_told_as_bands_and_not_as_resized(shop: Any):
+    _, report = fit(shop.network(), shop.state(), bands=("blue", "green", "red"))
+    assert report.resized == [] and "channels by bands blue, green, red" in report.lines()
+    _, report = fit(shop.network(in_chans=4), shop.state(), bands=("nir", "blue", "green", "red"))
+    assert report.resized == [f"{KERNEL} (12, 3, 8, 8) -> (12, 4, 8, 8)"]
+    assert "channels by bands nir, blue, green, red" in report.lines()
+    _, report = fit(shop.network(), shop.state(), bands=("red", "green", "blue"))
+    assert report.lines() == [f"{report.taken} tensors"]
+
+
 def test_kernels_go_to_the_bands_of_their_names(shop: Any):
     state = shop.state()
     kernel = state[KERNEL]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vitrail.weights.keymap import KeyMap, Row, _fill, _match
+from vitrail.weights.keymaps.vit import DINO
 from vitrail.weights.layouts import KEYMAPS
 
 LAYER = "net.layers.{i}"
@@ -121,6 +122,16 @@ def test_what_cannot_be_changed_after_renaming_stays_as_it_is():
 
 def test_what_is_unknown_keeps_its_name_and_what_is_of_no_use_goes():
     assert set(MAP.to_ours({"mine": torch.zeros(1), "net.mask.token": torch.zeros(1)})) == {"mine"}
+
+
+def test_what_is_of_no_use_is_named_and_what_a_row_takes_is_of_use():
+    both = KeyMap("somebody", "vit", MAP.rows, drop=("net.{w}",))
+    assert both.dropped(["net.mask.token", "net.token", "mine"]) == ["net.mask.token"]
+
+
+def test_of_dinos_heads_its_projection_goes_and_a_classifier_stays():
+    theirs = ("backbone.norm.weight", "head.mlp.0.weight", "head.last_layer.weight_g", "head.weight", "head.bias")
+    assert set(DINO.to_ours(dict.fromkeys(theirs, torch.zeros(1)))) == {"norm.weight", "head.weight", "head.bias"}
 
 
 def test_a_layout_is_known_by_all_its_marks():

@@ -262,7 +262,7 @@ class Backbone(nn.Module, ABC):
         Raises `ValueError` as `check_savable` does.
         """
         self.check_savable()
-        return folder.write_folder(Path(path), self._plain_state(), self.card(**training))
+        return folder.write_folder(Path(path), self.plain_state(), self.card(**training))
 
     def check_savable(self) -> None:
         """Raises `ValueError` where a model folder could not be loaded: the config must describe every weight.
@@ -272,7 +272,7 @@ class Backbone(nn.Module, ABC):
         folder.card_text(self.card())
         with torch.device("meta"):
             described = type(self)(type(self.config)(**self.card().config)).state_dict()
-        own = {name: value.shape for name, value in self._plain_state().items()}
+        own = {name: value.shape for name, value in self.plain_state().items()}
         strange = [name for name in own if name not in described or own[name] != described[name].shape]
         if strange or (missing := sorted(described.keys() - own.keys())):
             names, how = ", ".join((strange or missing)[:3]), "beside" if strange else "missing from"
@@ -281,7 +281,7 @@ class Backbone(nn.Module, ABC):
                 "reset_classifier(num_classes), or keep your own network with torch.save(model.state_dict())"
             )
 
-    def _plain_state(self) -> dict[str, Tensor]:
+    def plain_state(self) -> dict[str, Tensor]:
         """The state by the names that parameters have without `torch.compile`."""
         return {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}
 

@@ -6,10 +6,12 @@ loaded as anybody's would be, and both answer the same images in fp32, at the ro
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,13 @@ from vitrail.layers.embed import pair
 from vitrail.layers.linear import plain_linear
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model, list_models
-from vitrail.research.peers import SOURCES, Peer, build_peer
+from vitrail.names import check_choice
+from vitrail.research.peers import INSTALL, SOURCES, Peer, build_peer
 from vitrail.weights.load import load_weights
+
+LOG = logging.getLogger("vitrail")
+MOST_PARAMETERS = 700_000_000
+"""of a row that is compared among others: both networks stand in memory, in fp32"""
 
 
 class Parity(NamedTuple):
@@ -40,31 +47,59 @@ class Parity(NamedTuple):
     """ours and theirs"""
 
 
-def parity_table(pattern: str = "*", sources: tuple[str, ...] = SOURCES) -> Iterator[Parity]:
+def parity_table(pattern: str = "*", sources: Sequence[str] | None = None) -> Iterator[Parity]:
     """The comparisons of all rows that match a shell pattern, one at a time; two images each.
 
-    Raises `ValueError` where a library is not installed, or where a network is not the same.
+    Without `sources`, all libraries that are installed. A row of more than `MOST_PARAMETERS` is left out unless it is
+    the only one. The logger `vitrail` is told of what is left out. Raises `ValueError` where a library that is named is
+    unknown or not installed, or where a network is not the same.
     """
-    for row in list_models(pattern):
-        for source in sources:
+    for source in sources or ():
+        check_choice("sources", source, SOURCES)
+    named = sources or [source for source in SOURCES if _is_there(source)]
+    for row in _small_enough(list_models(pattern)):
+        for source in named:
             peer = build_peer(row, source)
             if peer is not None:
                 yield from compare(row, peer)
 
 
+def _is_there(source: str) -> bool:
+    there = find_spec(source) is not None
+    if not there:
+        LOG.info("%s is not installed and left out: %s installs it", source, INSTALL)
+    return there
+
+
+def _small_enough(rows: list[str]) -> Iterator[str]:
+    for row in rows:
+        with torch.device("meta"):
+            count = _count(build_model(row))
+        if len(rows) == 1 or count <= MOST_PARAMETERS:
+            yield row
+        else:
+            LOG.info("%s is left out for its %s parameters: name it alone to have it", row, f"{count:,}")
+
+
 @torch.no_grad()
 def compare(row: str, peer: Peer) -> Iterator[Parity]:
-    """One row against one library, at its own size and at another, where the library runs at another."""
+    """One row against one library, at its own size and at another, where the library runs at another.
+
+    Raises what the library raises at the row's own size.
+    """
     ours = build_model(row, **peer.options)
     with tempfile.TemporaryDirectory() as folder:
         load_weights(ours, peer.save(peer.model, Path(folder)))
     ours.eval()
     counts = _count(ours), _count(peer.model)
-    for size in (pair(ours.config.img_size), other_size(ours)):
+    own = pair(ours.config.img_size)
+    for size in (own, other_size(ours)):
         images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
         try:
             theirs, states = _answer(peer, images)
         except (ValueError, AssertionError, RuntimeError):  # each says otherwise that it takes its own size alone
+            if size == own:
+                raise
             continue
         with plain_linear():
             logits, maps = ours(images), ours.features(images, norm=peer.normed)

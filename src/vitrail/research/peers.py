@@ -34,6 +34,8 @@ TORCHVISION = {
 }
 """row -> torchvision's name"""
 SOURCES = ("timm", "torchvision", "transformers")
+INSTALL = "pip install 'vitrail[parity]'"
+"""the line that installs them"""
 
 
 class Peer(NamedTuple):
@@ -61,7 +63,7 @@ def build_peer(row: str, source: str) -> Peer | None:
     try:
         return BUILDERS[source](row)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{source} is not installed: pip install {source}") from error
+        raise ValueError(f"{source} is not installed: {INSTALL}") from error
 
 
 @torch.no_grad()

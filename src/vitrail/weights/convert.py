@@ -19,6 +19,7 @@ from vitrail.folder import CONFIG, WEIGHTS, FolderError, save_tensors, whole_fol
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES
 from vitrail.names import check_choice
+from vitrail.records import Preprocess
 from vitrail.weights.keymap import KeyMap
 from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
@@ -62,12 +63,15 @@ SAME = {"attn", "num_classes", "dynamic_pad", "img_size", "drop_rate", "pos_drop
 def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
     """Writes `model` to a new folder in the layout of "timm", "transformers" or "vitrail"; returns the folder.
 
-    Raises `ValueError` where that library has no such network, `FolderError` where something stands at `folder`.
+    Raises `ValueError` where that library has no such network or cannot say how its images are prepared, and where
+    the config does not describe the network (`Backbone.check_savable`); `FolderError` where something stands at
+    `folder`.
     """
     check_choice("layout", layout, LAYOUTS)
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FolderError(f"{path} holds something already: name a new folder")
+    model.check_savable()
     return LAYOUTS[layout](model, path)
 
 
@@ -96,7 +100,7 @@ def _timm(model: Backbone, path: Path) -> Path:
 
 
 def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
-    p = model.preprocess
+    p = _known(model, "timm")
     said: dict[str, Any] = {
         "input_size": [p.in_chans, *p.img_size],
         "mean": list(p.mean),
@@ -120,11 +124,11 @@ def _transformers(model: Backbone, path: Path) -> Path:
         "id2label": names,
         "label2id": {name: number for number, name in names.items()},
     }
-    p = model.preprocess
+    p = _known(model, "transformers")
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": p.img_size[0], "width": p.img_size[1]},
+        **_crop(p),
         "resample": PILLOW[p.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -135,8 +139,42 @@ def _transformers(model: Backbone, path: Path) -> Path:
     return _write(model, path, {CONFIG: said, PROCESSOR: processor}, keymap)
 
 
+def _known(model: Backbone, library: str) -> Preprocess:
+    if not model.preprocess.known:
+        raise ValueError(
+            f"{library} wants to be told how images are prepared, and of this network nobody has said it: set "
+            "model.preprocess first, or write it as vitrail does"
+        )
+    return model.preprocess
+
+
+def _crop(p: Preprocess) -> dict[str, Any]:
+    """transformers' words for the size: a picture pressed into it, or one cut out of a picture of a whole short side.
+
+    Raises `ValueError` where the words would not say exactly what `p` says.
+    """
+    height, width = p.img_size
+    size = {"height": height, "width": width}
+    if p.crop_mode == "squash":
+        if p.crop_pct != 1:
+            raise ValueError(f"transformers knows no crop_pct={p.crop_pct} of a squashed picture: set crop_pct=1.0")
+        return {"size": size, "do_center_crop": False}
+    if height != width:
+        raise ValueError(
+            f"transformers cuts out of a short side, which is not how {height} x {width} is cut out here: set "
+            "crop_mode='squash' of model.preprocess, or write it as timm or vitrail do"
+        )
+    edge = round(height / p.crop_pct)
+    if height / edge != p.crop_pct:
+        raise ValueError(
+            f"transformers' short side is a whole number of pixels; {height} / crop_pct={p.crop_pct} is none: set "
+            f"crop_pct={height} / {edge} of model.preprocess, or write it as timm or vitrail do"
+        )
+    return {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}
+
+
 def _write(model: Backbone, path: Path, said: Mapping[str, dict[str, Any]], keymap: KeyMap | None) -> Path:
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.plain_state().items()}
     with whole_folder(path) as fresh:
         save_tensors(state if keymap is None else keymap.to_theirs(state), fresh / WEIGHTS)
         for name, values in said.items():

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_model
-from vitrail.weights.fit import Report, first, fitted, misfits, shape_of
-from vitrail.weights.layouts import ours
+from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, shape_of
+from vitrail.weights.layouts import layout_of, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 
@@ -34,7 +34,7 @@ class Likeness(NamedTuple):
 
     row: str
     share: float
-    """of all names on either side, those with equal shapes; heads, positions and channels aside"""
+    """of all names on either side, those with equal shapes; heads, positions and channels of pixels aside"""
     exact: bool
     """positions too"""
 
@@ -64,27 +64,35 @@ def likely_row(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _like(row: str, shapes: Shapes) -> Likeness:
-    body, loose = _row_shapes(row)
-    own = {name: shape for name, shape in shapes.items() if name not in loose}
+    body, loose, kernels = _row_shapes(row)
+    own = {name: _patch(shape) if name in kernels else shape for name, shape in shapes.items() if name not in loose}
     same = sum(own.get(name) == shape for name, shape in body.items())
     exact = all(shapes.get(name) == shape for name, shape in loose.items() if shape and name in shapes)
     return Likeness(row, same / max(1, len(own.keys() | body.keys())), exact)
 
 
 @cache
-def _row_shapes(row: str) -> tuple[Shapes, Shapes]:
-    """The shapes of a row's weights: those that every size of it shares, and those of heads, positions and pixels."""
+def _row_shapes(row: str) -> tuple[Shapes, Shapes, frozenset[str]]:
+    """The shapes of a row's weights: those that every size of it shares, those of heads and positions; pixel kernels.
+
+    The size of its patches is part of what a network is, and the number of its channels is not.
+    """
     with torch.device("meta"):
         model = build_model(row)
-    heads, sized = model.head_weights(), {*model.position_tables(), *model.pixel_weights()}
+    heads, tables, kernels = model.head_weights(), model.position_tables(), frozenset(model.pixel_weights())
     loose: dict[str, tuple[int, ...]] = dict.fromkeys(heads, ())
     body = {}
     for name, value in model.state_dict().items():
-        if name in sized:
+        if name in tables:
             loose[name] = shape_of(value)
         elif name not in heads:
-            body[name] = shape_of(value)
-    return body, loose
+            body[name] = _patch(shape_of(value)) if name in kernels else shape_of(value)
+    return body, loose, kernels
+
+
+def _patch(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a kernel (C, C_in, p, q), its channels left out: (C, p, q)."""
+    return kernel[:1] + kernel[2:]
 
 
 def _families(shapes: Shapes) -> list[str]:
@@ -116,7 +124,8 @@ def inspect(path: str | Path, model: str | Backbone | None = None, part: str | N
     checkpoint = read_checkpoint(path, part)
     tensors, source = ours(checkpoint.tensors)
     near = likeness(tensors)
-    told = [*_about_file(checkpoint), f"names: {source}'s", *_about_network(tensors, near), *_about_sidecar(checkpoint)]
+    names = [f"names: {source}'s", *_about_dropped(checkpoint)]
+    told = [*_about_file(checkpoint), *names, *_about_network(tensors, near), *_about_sidecar(checkpoint)]
     if model is not None:
         network = build_model(model) if isinstance(model, str) else model
         told += _about_fit(network, checkpoint, tensors, near)
@@ -130,6 +139,12 @@ def _about_file(checkpoint: Checkpoint) -> list[str]:
     told = [f"{checkpoint.path}: {checkpoint.kind}, {len(tensors)} tensors, {size / 1e6:,.1f} MB, {kinds}"]
     told += [f"taken out of: {' > '.join(checkpoint.wrappers)}"] if checkpoint.wrappers else []
     return told + ([f"beside the weights: {first(list(checkpoint.others), 6)}"] if checkpoint.others else [])
+
+
+def _about_dropped(checkpoint: Checkpoint) -> list[str]:
+    keymap = layout_of(checkpoint.tensors)
+    names = [] if keymap is None else keymap.dropped(checkpoint.tensors)
+    return [f"of no use here ({len(names)}): {first(names, 4)}"] if names else []
 
 
 def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[str]:
@@ -174,14 +189,31 @@ def _about_fit(model: Backbone, checkpoint: Checkpoint, tensors: dict[str, Tenso
     try:
         made = fitted("", model, tensors, report)
     except CheckpointError:
-        found = misfits(model.state_dict(), tensors)
+        found = misfits(model.state_dict(), _resizable(model, tensors))
         told = [f"against {name}: does not fit; {renamed}{_equal(model, tensors)} tensors as they are"]
         told += [f"{kind} ({len(names)}): {first(names, 4)}" for kind, names in found.items()]
-        if all(name.split()[0] in model.head_weights() for names in found.values() for name in names):
+        if _fits_but_for_head(model, tensors):
             told.append("its head alone does not fit: create_model with num_classes, or new_head=True, leaves it out")
         return told + ([f"it fits {near[0].row}"] if near and near[0].share == 1 and near[0].row != name else [])
     told = [f"against {name}: fits; {renamed}{len(report.resized)} resized, {len(made)} in all"]
     return told + [f"resized: {line}" for line in report.resized[:6]]
+
+
+def _fits_but_for_head(model: Backbone, tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        fitted("", model, tensors, Report(), new_head=True)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _resizable(model: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with all that can be resized to the network resized, so that only the others count as faults."""
+    made = at_grids(model, tensors)
+    try:
+        return at_patches("", model, made)
+    except CheckpointError:  # channels that nobody has named
+        return made
 
 
 def _equal(model: Backbone, tensors: Mapping[str, Tensor]) -> int:

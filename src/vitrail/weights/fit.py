@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrail.layers.embed import resize_positions, resize_relative_bias
 from vitrail.layers.relative import resize_relative
 from vitrail.models.backbone import Backbone, PositionTable
-from vitrail.names import check_choice, printable
+from vitrail.names import check_choice, printable, shortened
 from vitrail.weights.read import CheckpointError
 
 LOG = logging.getLogger("vitrail")
@@ -49,6 +49,8 @@ class Report:
     """whose names they had"""
     resized: list[str] = field(default_factory=list)
     """a line each: name, old and new shape"""
+    bands: tuple[str, ...] = ()
+    """what the network's channels are, where kernels were laid out for them"""
     left: list[str] = field(default_factory=list)
     """what was left as it was, because it was asked for: the head"""
     unused: list[str] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Report:
         """As they are told."""
         names = f", {self.renamed} renamed from {self.source}'s" if self.renamed else ""
         told = [f"{self.taken} tensors{names}", *(f"resized {line}" for line in self.resized)]
+        told += [f"channels by bands {first(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
         return told + ([f"not used: {first(self.unused)}"] if self.unused else [])
 
@@ -84,22 +87,16 @@ def fitted(
         report.left += [name for name in wanted if name in heads]
         report.unused += [name for name in made if name in heads]
         made = {name: value for name, value in made.items() if name not in heads}
-    for name, table in model.position_tables().items():
-        if can_be_resized(made.get(name), wanted[name]):
-            old = (tables or {}).get(name)
-            if old is None or old.prefix != table.prefix or _rows(old) != made[name].shape[-2]:
-                old = guessed_table(made[name], table)
-            made[name] = made[name] if old is None else resized(made[name], old, table)
-    for name in model.pixel_weights():
-        if name in made and made[name].dtype in FLOATS:
-            made[name] = pixels(where, name, made[name], wanted[name], bands, rest)
+    made = at_patches(where, model, at_grids(model, made, tables), bands, rest)
     body = {name: value for name, value in wanted.items() if name not in report.left}
     check_fit(where, body, made, heads)
     report.taken = len(made)
+    kernels, changed = model.pixel_weights(), [name for name, value in made.items() if value is not tensors[name]]
+    report.bands = tuple(bands or ()) if any(name in kernels for name in changed) else ()
     report.resized += [
-        f"{name} {shape_of(tensors[name])} -> {shape_of(value)}"
-        for name, value in made.items()
-        if value is not tensors[name]
+        f"{name} {shape_of(tensors[name])} -> {shape_of(made[name])}"
+        for name in changed
+        if name not in kernels or made[name].shape != tensors[name].shape
     ]
     return made
 
@@ -164,6 +161,20 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 # ---- positions
 
 
+def at_grids(
+    model: Backbone, tensors: Mapping[str, Tensor], tables: Mapping[str, PositionTable] | None = None
+) -> dict[str, Tensor]:
+    """`tensors` with the tables of positions that can be resized at the grids and windows of `model`."""
+    wanted, made = model.state_dict(), dict(tensors)
+    for name, table in model.position_tables().items():
+        if can_be_resized(made.get(name), wanted[name]):
+            old = (tables or {}).get(name)
+            if old is None or old.prefix != table.prefix or _rows(old) != made[name].shape[-2]:
+                old = guessed_table(made[name], table)
+            made[name] = made[name] if old is None else resized(made[name], old, table)
+    return made
+
+
 def can_be_resized(table: Tensor | None, like: Tensor) -> TypeGuard[Tensor]:
     """Whether all but the number of rows is right; `check_fit` tells the rest."""
     if table is None or table.ndim != like.ndim or table.dtype not in FLOATS:
@@ -197,6 +208,21 @@ def resized(table: Tensor, old: PositionTable, new: PositionTable) -> Tensor:
 # ---- pixels
 
 
+def at_patches(
+    where: str,
+    model: Backbone,
+    tensors: Mapping[str, Tensor],
+    bands: Sequence[str] | None = None,
+    rest: Rest = "mean",
+) -> dict[str, Tensor]:
+    """`tensors` with kernels over pixels for the patches and channels of `model`. Raises as `pixels` does."""
+    wanted, made = model.state_dict(), dict(tensors)
+    for name in model.pixel_weights():
+        if name in made and made[name].dtype in FLOATS:
+            made[name] = pixels(where, name, made[name], wanted[name], bands, rest)
+    return made
+
+
 def pixels(where: str, name: str, weight: Tensor, like: Tensor, bands: Sequence[str] | None, rest: Rest) -> Tensor:
     """A kernel (C, C_in, p, q) for other channels and another patch size; the very same where both are the same."""
     if weight.ndim != 4 or like.ndim != 4 or weight.shape[0] != like.shape[0]:
@@ -220,9 +246,19 @@ def pixels(where: str, name: str, weight: Tensor, like: Tensor, bands: Sequence[
 def for_bands(where: str, weight: Tensor, channels: int, bands: Sequence[str], rest: Rest) -> Tensor:
     """RGB kernels (C, 3, p, q) at the bands named red, green and blue; the rest by `REST` -> (C, bands, p, q)."""
     check_choice("rest", rest, REST)
+    if isinstance(bands, str):
+        raise CheckpointError(
+            f"{where}: bands must be a sequence of names, one a channel; got the text {shortened(bands)}: say "
+            "bands=('red', 'green', 'blue', ...)"
+        )
     names = [band.strip().lower() for band in bands]
     if len(names) != channels or len(set(names)) != len(names):
         raise CheckpointError(f"{where}: bands must name each of the {channels} channels once; got {', '.join(bands)}")
+    if not set(RGB) & set(names):
+        raise CheckpointError(
+            f"{where}: bands must name red, green or blue among the channels, whose kernels the weights hold; got "
+            f"{first(list(bands))}: call the nearest of them so, or train from fresh weights"
+        )
     if weight.shape[1] != 3:
         raise CheckpointError(f"{where}: bands are for weights of red, green and blue; got {weight.shape[1]} channels")
     made = [weight[:, RGB.index(band)] if band in RGB else REST[rest](weight) for band in names]

@@ -34,7 +34,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "heads out": lambda x: x.flatten(0, 1).transpose(0, 1),  # (H, D, C) -> (C, H·D)
     "flat": lambda x: x.flatten(),
     "kernel": _conv,  # (p, q, C_in, C) -> (C, C_in, p, q)
-    "columns": lambda x: x.transpose(0, 1),
     "token": lambda x: x.reshape(1, 1, -1),  # (C,) -> (1, 1, C)
     "table": lambda x: x[None],  # (N, C) -> (1, N, C)
     "first third": lambda x: x[: len(x) // 3],  # of queries, keys and values: the queries
@@ -44,11 +43,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros of columns": lambda x: x.new_zeros(x.shape[1]),
 }
 """their layout -> ours"""
-BACK: dict[str, Callable[[Tensor], Tensor]] = {
-    "same": FORMS["same"],
-    "matrix": FORMS["matrix"],
-    "columns": FORMS["columns"],
-}
+BACK: dict[str, Callable[[Tensor], Tensor]] = {"same": FORMS["same"], "matrix": FORMS["matrix"]}
 """our layout -> theirs, where that needs no more than the tensor"""
 
 
@@ -82,6 +77,15 @@ class KeyMap:
         names = list(names)
         return bool(self.marks) and all(any(_match(mark, name) is not None for name in names) for mark in self.marks)
 
+    def dropped(self, names: Iterable[str]) -> list[str]:
+        """Those of their names for which this package has no use."""
+        rows = [row.theirs for row in self.rows]
+
+        def is_in(templates: Iterable[str], name: str) -> bool:
+            return any(_match(template, name) is not None for template in templates)
+
+        return [name for name in names if is_in(self.drop, name) and not is_in(rows, name)]
+
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors by our names, pieces put together; what neither `rows` nor `drop` know keeps its name.
 
@@ -93,7 +97,7 @@ class KeyMap:
             found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, name)) is not None]
             for row, holes in found:
                 pieces.setdefault(_fill(row.ours, holes), []).append((row, name, tensor))
-            if not found and not any(_match(pattern, name) is not None for pattern in self.drop):
+            if not found and not self.dropped([name]):
                 made[name] = tensor
         for ours, found_pieces in pieces.items():
             made |= _joined(ours, found_pieces)

@@ -48,6 +48,11 @@ def _square(size: Any) -> int | list[int]:
 
 
 def _deit(c: Any) -> dict[str, Any]:
+    if not c.distilled:
+        raise ValueError(
+            "transformers' DeiT has a distillation token, and this network has none (distilled=False): write it as "
+            "timm or vitrail do"
+        )
     return _vit(c) | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit"}
 
 

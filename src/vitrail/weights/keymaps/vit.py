@@ -93,6 +93,6 @@ DINO = KeyMap(
     family="vit",
     rows=(Row("backbone.{w}", "{w}"),),
     marks=("backbone.blocks.{i}.attn.qkv.weight",),
-    drop=("head.{w}",),
+    drop=("head.mlp.{w}", "head.last_layer.{w}"),  # its projection; a classifier of one's own is head.weight
 )
 KEYMAPS = (TRANSFORMERS, TORCHVISION, GOOGLE, MAE, DINO)

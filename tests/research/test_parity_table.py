@@ -1,0 +1,99 @@
+"""Which rows are held against which libraries, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vitrail.layers.embed import pair
+from vitrail.models.registry import build_model
+from vitrail.research import parity
+from vitrail.research.parity import compare, other_size, parity_table
+from vitrail.research.peers import Peer, build_peer
+
+GIANT = "vit_giant_patch14_dinov2"
+Asked = list[tuple[str, str]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """The pairs that peers are wanted for; nobody has any."""
+    pairs: Asked = []
+
+    def nobody(row: str, source: str) -> None:
+        pairs.append((row, source))
+
+    monkeypatch.setattr(parity, "build_peer", nobody)
+    return pairs
+
+
+@pytest.fixture
+def without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "find_spec", lambda name: None if name == "timm" else object())
+
+
+def test_a_library_that_is_not_here_is_left_out_and_told(asked: Asked, without_timm: None, caplog):
+    caplog.set_level(logging.INFO, "vitrail")
+    list(parity_table("vit_debug"))
+    assert asked == [("vit_debug", "torchvision"), ("vit_debug", "transformers")]
+    assert caplog.messages == ["timm is not installed and left out: pip install 'vitrail[parity]' installs it"]
+
+
+def test_a_library_that_is_named_must_be_here(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"timm is not installed: pip install 'vitrail\[parity\]'"):
+        list(parity_table("vit_debug", ("timm",)))
+
+
+def test_a_library_that_nobody_knows_is_an_error_before_any_row(asked: Asked):
+    with pytest.raises(ValueError, match="sources must be one of timm, torchvision, transformers; got 'tim'"):
+        next(parity_table("vit_debug", ("torchvision", "tim")))
+    assert asked == []
+
+
+def test_a_giant_is_left_out_and_told_unless_it_is_the_only_one(asked: Asked, caplog):
+    caplog.set_level(logging.INFO, "vitrail")
+    list(parity_table("vit_[gd]*", ("timm",)))
+    assert asked == [("vit_debug", "timm")]
+    assert caplog.messages[0] == f"{GIANT} is left out for its 1,136,479,232 parameters: name it alone to have it"
+    list(parity_table(GIANT, ("timm",)))
+    assert asked[1:] == [(GIANT, "timm")]
+
+
+def test_a_deit_without_distillation_is_not_held_against_transformers():
+    assert build_peer("deit_tiny_patch16_224", "transformers") is None
+
+
+class Twin(nn.Module):
+    """Our own network as somebody else's, which fails for images of some heights."""
+
+    def __init__(self, *broken: int) -> None:
+        super().__init__()
+        self.net, self.broken = build_model("vit_debug").eval(), broken
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2] in self.broken:
+            raise RuntimeError("it broke")
+        logits: Tensor = self.net(images)
+        return logits
+
+
+def peer(*broken: int) -> Peer:
+    def save(model: nn.Module, folder: Path) -> Path:
+        torch.save(model.get_submodule("net").state_dict(), folder / "m.pth")
+        return folder / "m.pth"
+
+    return Peer("twin", Twin(*broken), r"net\.blocks\.\d+", save, lambda out: out)
+
+
+def test_a_library_may_fail_at_another_size_and_not_at_the_rows_own():
+    own, other = (pair(build_model("vit_debug").config.img_size), other_size(build_model("vit_debug")))
+    assert [found.size for found in compare("vit_debug", peer())] == [own, other]
+    assert [found.size for found in compare("vit_debug", peer(other[0]))] == [own]
+    with pytest.raises(RuntimeError, match="it broke"):
+        list(compare("vit_debug", peer(own[0])))
