@@ -59,9 +59,7 @@ def test_a_cut_that_transformers_cannot_say_is_refused(changes, message: str, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_which_nobody_said_how_they_are_prepared_are_told_to_no_other_library(
-    model: Backbone, tmp_path: Path
-):
+def test_a_network_of_which_nobody_said_how_images_are_prepared_is_refused(model: Backbone, tmp_path: Path):
     model.preprocess = SEEN.replace(known=False)
     for layout in ("timm", "transformers"):
         with pytest.raises(ValueError, match=f"{layout} wants to be told .*: set model.preprocess first"):
@@ -88,9 +86,7 @@ def test_a_compiled_part_is_written_by_its_own_names(model: Backbone, tmp_path: 
 def test_a_deit_without_distillation_is_no_deit_of_transformers(tmp_path: Path):
     with pytest.raises(ValueError, match=r"has a distillation token, and this network has none \(distilled=False\)"):
         convert(build_model("deit_debug", distilled=False), tmp_path / "out", "transformers")
-    assert (
-        convert(build_model("deit_debug", distilled=True), tmp_path / "out", "transformers") / "config.json"
-    ).exists()
+    assert convert(build_model("deit_debug", distilled=True), tmp_path / "out", "transformers").is_dir()
 
 
 @torch.no_grad()
