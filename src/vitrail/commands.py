@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vitrail.data.badimages import OnBadImage
 from vitrail.flags import existing
@@ -188,8 +188,8 @@ def _published(pattern: str) -> Table:
     found = [source for source in SOURCES.values() if fnmatch(source.name, pattern) or fnmatch(source.row, pattern)]
     if not found:
         raise ValueError(f"no weights match {pattern!r}; the nearest are {', '.join(nearest(pattern, SOURCES))}")
-    table = Table("weights", "classes", "image size", "licence", "names", box=None)
-    table.add_column("from", overflow="fold")
+    names = ("weights", "classes", "image size", "licence", "names", "from")
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None)
     for source in found:
         size, classes = "{} x {}".format(*source.preprocess.img_size), str(source.classes or "none")
         table.add_row(source.name, classes, size, source.licence, source.keys, source.place)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from vitrail.weights.sources import SOURCES
 
 Said = Callable[..., tuple[str, str]]
@@ -25,3 +27,11 @@ def test_published_weights_are_found_by_their_row_and_by_their_whole_name(said: 
     assert named(row) == [name for name, source in SOURCES.items() if source.row == row] != []
     assert named(f"{row}.mae") == [f"{row}.mae"]
     assert set(named("pvt_v2_b?")) == {name for name, source in SOURCES.items() if source.row[:-1] == "pvt_v2_b"}
+
+
+def test_a_narrow_terminal_folds_names_and_addresses(monkeypatch: pytest.MonkeyPatch, said: Said):
+    monkeypatch.setattr("vitrail.commands.WIDEST", 90)
+    out, _ = said("models", "--pretrained", "vit_tiny_patch16_224.google*")
+    assert "…" not in out
+    (source,) = [source for name, source in SOURCES.items() if name.startswith("vit_tiny_patch16_224.google")]
+    assert source.place == "".join(line.split()[-1] for line in out.splitlines()[1:])
