@@ -264,9 +264,7 @@ def test_a_file_of_no_network_here_says_so(tmp_path: Path):
 
 
 def test_a_name_of_nothing_is_offered_its_likes():
-    with pytest.raises(
-        CheckpointError, match="vit_debugg: neither a file nor published weights; published are .*vit_"
-    ):
+    with pytest.raises(CheckpointError, match="vit_debugg: neither a file nor published weights; published are .*vit_"):
         load_weights(build_model("vit_debug"), "vit_debugg")
 
 

@@ -10,6 +10,7 @@ library does not have cannot be written for it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -151,7 +152,7 @@ def _known(model: Backbone, library: str) -> Preprocess:
 def _crop(p: Preprocess) -> dict[str, Any]:
     """transformers' words for the size: a picture pressed into it, or one cut out of a picture of a whole short side.
 
-    Raises `ValueError` where the words would not say exactly what `p` says.
+    Raises `ValueError` where the words would not make the same pixels.
     """
     height, width = p.img_size
     size = {"height": height, "width": width}
@@ -164,12 +165,7 @@ def _crop(p: Preprocess) -> dict[str, Any]:
             f"transformers cuts out of a short side, which is not how {height} x {width} is cut out here: set "
             "crop_mode='squash' of model.preprocess, or write it as timm or vitrail do"
         )
-    edge = round(height / p.crop_pct)
-    if height / edge != p.crop_pct:
-        raise ValueError(
-            f"transformers' short side is a whole number of pixels; {height} / crop_pct={p.crop_pct} is none: set "
-            f"crop_pct={height} / {edge} of model.preprocess, or write it as timm or vitrail do"
-        )
+    edge = math.floor(height / p.crop_pct)  # as `Preprocess` resizes: the same pixels, whatever share they are
     return {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}
 
 

@@ -129,7 +129,9 @@ def _sizes(processor: Mapping[str, Any]) -> dict[str, Any]:
     edge, cut = size.get("shortest_edge") if isinstance(size, dict) else None, _pair(crop)
     if not _is_number(edge) or cut is None:
         return {}
-    return {"img_size": cut, "crop_pct": min(cut) / edge, "crop_mode": "center"}
+    share = min(cut) / edge
+    share = share if math.floor(min(cut) / share) == edge else math.nextafter(share, 0)  # or rounding loses a pixel
+    return {"img_size": cut, "crop_pct": share, "crop_mode": "center"}
 
 
 def _pair(size: object) -> tuple[int, int] | None:
