@@ -48,6 +48,14 @@ def test_padding_bias_hides_padded_keys_and_never_the_prefix(dtype: torch.dtype)
     assert bias[:, 0, 0].tolist() == [[0, 0, 0, hidden, 0], [0, 0, hidden, hidden, 0]]
 
 
+def test_padding_bias_leaves_somebody_to_look_at() -> None:
+    """A softmax over hidden keys alone would be no number."""
+    padding = torch.tensor([[True, True], [True, False]])
+    hidden = float("-inf")
+    assert padding_bias(padding, 0, torch.float32)[:, 0, 0].tolist() == [[0, 0], [hidden, 0]]
+    assert padding_bias(padding, 1, torch.float32)[:, 0, 0].tolist() == [[0, hidden, hidden], [0, hidden, 0]]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_attention_pool_is_multihead_attention_from_one_learned_query(norm: str) -> None:

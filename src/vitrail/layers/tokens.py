@@ -36,7 +36,12 @@ def mean_tokens(x: Tensor, padding: Tensor | None = None) -> Tensor:
 
 
 def padding_bias(padding: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """(B, N) true where padded -> a bias (B, 1, 1, P + N) that hides those keys from everyone."""
+    """(B, N) true where padded -> a bias (B, 1, 1, P + N) that hides those keys from everyone.
+
+    An image of nothing but padding hides none where no prefix is left to look at: a row of the softmax without any key
+    would be no number.
+    """
+    padding = padding if prefix else padding & ~padding.all(dim=1, keepdim=True)
     hidden = torch.zeros(padding.shape[0], prefix + padding.shape[1], dtype=dtype, device=padding.device)
     hidden[:, prefix:].masked_fill_(padding, float("-inf"))
     return hidden[:, None, None]

@@ -239,9 +239,12 @@ class CaiT(Backbone):
     # ---- image -> tokens -> features -> logits
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """images (B, C_in, H, W) -> Tokens without a prefix; `mask` (B, H, W) is true where a pixel is padding."""
+        """images (B, C_in, H, W) -> Tokens without a prefix.
+
+        `mask` (B, H, W) is true where a pixel is padding, and counts as zero.
+        """
         check_mask(mask, images)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None], 0))
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         padding = None if mask is None else self.patch_embed.padding(mask)
         return Tokens(patches, resize_positions(self.pos_embed, self.patch_embed.grid_size, grid), grid, 0, padding)
@@ -265,8 +268,9 @@ class CaiT(Backbone):
         tokens = tokens if keep is None else tokens.kept(keep)
         x, seen = tokens.x, {}
         shown = tokens.shown
+        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=())
-        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=_among_tokens(tokens), layout=layout)
+        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
         for index in range(len(self.blocks))[blocks]:
             x = run(self.blocks[index], x)
             if index in taps:
@@ -382,14 +386,3 @@ class CaiT(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-
-def _among_tokens(tokens: Tokens) -> Tensor | None:
-    """The bias (B, 1, 1, P + N) that hides padding from image tokens.
-
-    An image of nothing but padding is left as it is: a softmax needs a key, and class attention hides it all the same.
-    """
-    if tokens.padding is None:
-        return None
-    hidden = tokens.padding & ~tokens.padding.all(dim=1, keepdim=True)
-    return padding_bias(hidden, tokens.prefix, tokens.x.dtype)

@@ -218,14 +218,15 @@ class PyramidVisionTransformer(Backbone):
         return found
 
     def _prepared(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Images and mask of a size that divides, zero where padded."""
+        """Images and mask of a size that divides, zero where padded; what is added counts as padding too."""
         check_channels(images, self.config.in_chans)
         check_mask(mask, images)
         height, width = self._whole(images.shape[-2], images.shape[-1])
         images = images if mask is None else images.masked_fill(mask[:, None], 0)
         edges = (0, width - images.shape[-1], 0, height - images.shape[-2])
         if any(edges):
-            images, mask = F.pad(images, edges), None if mask is None else F.pad(mask, edges, value=True)
+            seen = torch.zeros_like(images[:, 0], dtype=torch.bool) if mask is None else mask
+            images, mask = F.pad(images, edges), F.pad(seen, edges, value=True)
         return images, mask
 
     def _stage(self, stage: int, x: Tensor, mask: Tensor | None, rows: int | None) -> Tokens:

@@ -323,7 +323,7 @@ class SwinTransformer(Backbone):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none), initialised by its law; `classes` is emptied."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.head = Head(self.num_features, num_classes, self.config.drop_rate).to(self.norm.weight)
+        self.head.fc = Linear(self.num_features, num_classes).to(self.norm.weight) if num_classes else nn.Identity()
         init_leaf(self.head.fc)
 
     @torch.no_grad()
