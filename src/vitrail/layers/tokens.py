@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Kernel, Layout, attend
+from vitrail.layers.attention import Kernel, Layout, attend, check_heads
 from vitrail.layers.blocks import NORMS, Mlp
 from vitrail.layers.linear import Linear
 
@@ -75,6 +75,7 @@ class AttentionPool(nn.Module):
         attn: Kernel = "auto",
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn = num_heads, attn
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q = Linear(dim, dim)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Attention, Kernel, Layout, attend
+from vitrail.layers.attention import Attention, Kernel, Layout, attend, check_heads
 from vitrail.layers.blocks import NORMS, DropPath, Mlp, is_hooked, run_block
 from vitrail.layers.embed import PatchEmbed, Size, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
@@ -45,7 +45,7 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, choose, family_config
 from vitrail.names import check_choice
 
 PAIRS = ("img_size", "patch_size")
@@ -100,8 +100,7 @@ class CaiTConfig:
         check_least(self, LEAST)
         check_rates(self)
         for name in ("mlp_ratio", "mlp_ratio_token_only"):
-            if int(self.embed_dim * (ratio := getattr(self, name))) < 1:
-                raise ValueError(f"{name} must leave a hidden width of at least 1; got {ratio}: the usual is 4")
+            check_hidden(self, "embed_dim", name)
 
 
 def _row(
@@ -177,6 +176,7 @@ class ClassAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, attn: Kernel = "auto") -> None:
         super().__init__()
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn = num_heads, attn
         self.q = Linear(dim, dim, bias=qkv_bias)
         self.k = Linear(dim, dim, bias=qkv_bias)

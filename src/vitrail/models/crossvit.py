@@ -42,7 +42,7 @@ from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import mean_tokens, padding_bias
 from vitrail.layers.views import ScaledPatchEmbed
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once, usual_preprocess
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, choose, family_config
 from vitrail.names import check_choice, shortened
 
 BRANCHES = range(2)
@@ -104,8 +104,7 @@ class CrossViTConfig:
         check_rates(self)
         if min(self.img_scale) <= 0:
             raise ValueError(f"img_scale must be above 0; got {self.img_scale}: the published is (1.0, 14 / 15)")
-        if min(int(width * ratio) for width, ratio in zip(self.embed_dim, self.mlp_ratio, strict=True)) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
+        check_hidden(self, "embed_dim", "mlp_ratio")
 
 
 def _both(name: str, value: Any, *, whole: bool) -> tuple[Any, ...]:
