@@ -70,3 +70,8 @@ def test_attention_pool_is_multihead_attention_from_one_learned_query(norm: str)
     truth = (pooled + ours.mlp(ours.norm(pooled)))[:, 0]
     assert torch.allclose(ours(x, bias=padding_bias(padding, 0, x.dtype)), truth, atol=1e-5)
     assert ours.mlp.fc1.out_features == 48
+
+
+def test_attention_pool_names_a_width_that_does_not_divide_into_heads() -> None:
+    with pytest.raises(ValueError, match="embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"):
+        AttentionPool(24, 5)

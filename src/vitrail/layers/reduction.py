@@ -91,8 +91,9 @@ class ReducedAttention(nn.Module):
 class SpatialReductionAttention(ReducedAttention):
     """Keys and values of windows of `sr_ratio` x `sr_ratio` cells, each projected to one and normed (PVT, eq. 3).
 
-    Cells beyond the last whole window are no keys, though the layout lays its h' x w' keys over the whole image: where a
-    side does not divide by `sr_ratio`, a map is stretched there by less than one window. Raises `ValueError` for a grid without a whole window.
+    Cells beyond the last whole window are no keys, though the layout lays its h' x w' keys over the whole image: where
+    a side does not divide by `sr_ratio`, a map of attention is stretched there by less than one window. Raises
+    `ValueError` for a grid without a whole window.
     """
 
     def __init__(
