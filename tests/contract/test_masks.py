@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitrail.layers.linear import Linear
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, build_model
 
@@ -115,7 +116,20 @@ def test_a_new_head_drops_nothing_in_evaluation(family: str) -> None:
 def test_heads_put_in_by_hand_make_logits_where_there_were_none(family: str) -> None:
     like, model = build_model(DEBUG[family]), build_model(DEBUG[family], num_classes=0).eval()
     assert model(x := images(model)).shape == (2, model.num_features)
-    heads = [name for name, part in like.named_modules() if isinstance(part, nn.Linear) and part.out_features == 10]
-    for name in heads:
+    for name in heads_of(like):
         model.set_submodule(name, nn.Linear(like.get_submodule(name).in_features, 3))
     assert model(x).shape == (2, 3)
+
+
+def test_heads_run_by_the_fastest_kernel(family: str) -> None:
+    fresh, changed = build_model(DEBUG[family]), build_model(DEBUG[family], num_classes=3)
+    changed.reset_classifier(10)
+    for model in (fresh, changed):
+        assert all(type(model.get_submodule(name)) is Linear for name in heads_of(model))
+
+
+def heads_of(model: Backbone) -> list[str]:
+    """Names of the layers that make ten logits, which no other layer of a debug row has."""
+    found = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part.out_features == 10]
+    assert model.get_submodule(found[0]) is model.get_classifier()
+    return found

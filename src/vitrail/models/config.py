@@ -55,9 +55,10 @@ def check_rates(config: Any) -> None:
 
 def check_hidden(config: Any, widths: str, ratios: str) -> None:
     """Raises `ValueError` where the ratios of a field leave an MLP of these widths nothing hidden."""
-    pairs = zip(_flat(getattr(config, widths)), _flat(ratio := getattr(config, ratios)), strict=True)
-    if min(int(width * factor) for width, factor in pairs) < 1:
-        raise ValueError(f"{ratios} must leave a hidden width of at least 1; got {ratio}: the usual is 4")
+    given = getattr(config, ratios)
+    pairs = zip(_flat(getattr(config, widths)), _flat(given), strict=True)
+    if min(int(width * ratio) for width, ratio in pairs) < 1:
+        raise ValueError(f"{ratios} must leave a hidden width of at least 1; got {given}: the usual is 4")
 
 
 def check_numbers(

@@ -12,8 +12,8 @@ without Convolutions", arXiv 2102.12122.
 Notable choices: keys are the authors', numbered from 1 (`patch_embed1 … pos_embed4`), as no timm model has this family;
 positions are resized as the authors do, bilinearly. Their code has two epsilons: 1e-5 in norms that follow a
 convolution, 1e-6 in all others; transformers' port has 1e-6 everywhere. Both load exactly, through the config. Where
-the authors cut off the pixels that do not divide into patches, that is an error here, or zeros are added by
-`dynamic_pad`.
+the authors cut off the pixels that do not divide into patches, that is an error here, or `dynamic_pad` adds
+zeros, which count as padding.
 
 Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` grid of a stage, `N` = h·w, `P` class token (0 or 1),
 `C` width of a stage, `R` its reduction ratio, `K` classes.
