@@ -178,7 +178,7 @@ def test_class_attention_of_a_foreign_network():
 def test_last_layers_that_are_neither_pooling_nor_class_attention(rows, columns, message, chain, random_weights):
     shapes = zip(rows, columns, strict=True)
     tail = [AttentionMap(random_weights(2, 2, q, k), None, 3 + n) for n, (q, k) in enumerate(shapes)]
-    with pytest.raises(CannotExplainError, match=message):
+    with pytest.raises(CannotExplainError, match=rf"{message}.*: use method='attention' \(--method attention\)"):
         rollout_map([*chain(2), *tail])
 
 
@@ -239,6 +239,9 @@ def test_rollout_refuses_what_cannot_be_multiplied(kind, message, chain, random_
     with pytest.raises(ValueError, match=message) as error:
         rollout([*chain(1), odd_layer(kind, random_weights)], fusion="max")
     assert isinstance(error.value, CannotExplainError) == (kind not in ("rows", "gap", "mean"))
+    assert ("use method='attention' (--method attention)" in str(error.value)) == isinstance(
+        error.value, CannotExplainError
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_hidden_keys_are_not_seen() -> None:
     torch.testing.assert_close(layer(X, bias=bias), layer(X[:, :5]), atol=1e-6, rtol=0)
 
 
+def test_a_width_that_does_not_divide_into_heads_is_named() -> None:
+    with pytest.raises(ValueError, match="embed_dim 12 is not divisible by num_heads 5: use 4 heads or a width of 10"):
+        CrossAttention(12, 5)
+
+
 def test_weights_are_dropped_in_training_alone() -> None:
     layer = CrossAttention(12, 3, attn_drop=0.5)
     assert not torch.equal(layer(X), layer(X))

@@ -48,6 +48,14 @@ def test_padding_bias_hides_padded_keys_and_never_the_prefix(dtype: torch.dtype)
     assert bias[:, 0, 0].tolist() == [[0, 0, 0, hidden, 0], [0, 0, hidden, hidden, 0]]
 
 
+def test_padding_bias_leaves_somebody_to_look_at() -> None:
+    """A softmax over hidden keys alone would be no number."""
+    padding = torch.tensor([[True, True], [True, False]])
+    hidden = float("-inf")
+    assert padding_bias(padding, 0, torch.float32)[:, 0, 0].tolist() == [[0, 0], [hidden, 0]]
+    assert padding_bias(padding, 1, torch.float32)[:, 0, 0].tolist() == [[0, hidden, hidden], [0, hidden, 0]]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_attention_pool_is_multihead_attention_from_one_learned_query(norm: str) -> None:
@@ -62,3 +70,8 @@ def test_attention_pool_is_multihead_attention_from_one_learned_query(norm: str)
     truth = (pooled + ours.mlp(ours.norm(pooled)))[:, 0]
     assert torch.allclose(ours(x, bias=padding_bias(padding, 0, x.dtype)), truth, atol=1e-5)
     assert ours.mlp.fc1.out_features == 48
+
+
+def test_attention_pool_names_a_width_that_does_not_divide_into_heads() -> None:
+    with pytest.raises(ValueError, match="embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"):
+        AttentionPool(24, 5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitrail.explain.maps import attention_map, rollout_map
 from vitrail.explain.record import record_attention
 from vitrail.layers import blocks, talking
-from vitrail.models.cait import VARIANTS, Block, CaiT, CaiTConfig, TalkingHeads
+from vitrail.models.cait import VARIANTS, Block, CaiT, CaiTConfig, ClassAttention, TalkingHeads
 from vitrail.models.registry import build_model
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7)
@@ -352,3 +352,8 @@ def test_wrong_values_say_the_rule_and_the_mend(wrong: dict[str, Any], message: 
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask must be \(B, H, W\) like the images, \(2, 32, 32\); got \(2, 4, 4\)"):
         build()(torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 4, dtype=torch.bool))
+
+
+def test_class_attention_names_a_width_that_does_not_divide_into_heads() -> None:
+    with pytest.raises(ValueError, match="embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"):
+        ClassAttention(24, 5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.explain.record import record_attention
 from vitrail.layers.blocks import Block, Mlp
+from vitrail.models.registry import build_model
 from vitrail.models.vit import VisionTransformer
 
 SMALL: dict[str, Any] = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
@@ -202,6 +203,16 @@ class OwnAttention(nn.Module):
 class OwnBlock(Block):
     def forward(self, x: Tensor, *, bias: Any = None, layout: Any = None) -> Tensor:
         return super().forward(x, bias=bias, layout=layout)
+
+
+@pytest.mark.parametrize("row", ["hybrid_debug", "hybrid_cnn_debug", "beit_debug"])
+def test_families_that_say_so_are_spared_too(row: str, tokens: list[int]) -> None:
+    model = build_model(row, global_pool="token").eval()
+    x = torch.randn(2, 3, *model.preprocess.img_size)
+    spared_logits = model(x)
+    torch.testing.assert_close(spared_logits, model.forward_head(model.forward_features(x)), atol=1e-5, rtol=0)
+    depth = len(tokens) // 2
+    assert tokens[depth - 1] == 1 and min(tokens[depth:]) > 1
 
 
 @pytest.mark.parametrize("training", [False, True])

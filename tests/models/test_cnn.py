@@ -13,9 +13,13 @@ from vitrail.models.cnn import ResNet, ResNetConfig
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(depths=()), "depths must name 1 to 8 stages"),
-        (dict(depths=(2, 0)), r"depths must name 1 to 8 stages of at least one block each; got \(2, 0\)"),
-        (dict(depths=(1,) * 9), "depths must name 1 to 8 stages"),
+        (
+            dict(depths=()),
+            r"depths must be a tuple of whole numbers, one for each of 1 to 8 stages, such as .*got \(\)",
+        ),
+        (dict(depths=3), "depths must be a tuple of whole numbers, one for each of 1 to 8 stages, such as .*got 3"),
+        (dict(depths=(1,) * 9), "depths must be a tuple of whole numbers, one for each of 1 to 8 stages"),
+        (dict(depths=(2, 0)), r"depths must be at least 1; got \(2, 0\)"),
         (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
         (dict(drop_rate=1.0), r"drop_rate must lie in \[0, 1\)"),
         (dict(stem="smal"), "did you mean small"),

@@ -15,8 +15,13 @@ TINY: dict[str, Any] = dict(img_size=32, patch_size=2, embed_dim=8, depths=(1, 2
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(depths=()), r"depths must name 1 to 8 stages of at least one block each; got \(\)"),
-        (dict(depths=(2, 0)), "depths must name 1 to 8 stages"),
+        (
+            dict(depths=()),
+            r"depths must be a tuple of whole numbers, one for each of 1 to 8 stages, such as .*got \(\)",
+        ),
+        (dict(depths=2), "depths must be a tuple of whole numbers, one for each of 1 to 8 stages, such as .*got 2"),
+        (dict(depths=(2, 0)), r"depths must be at least 1; got \(2, 0\)"),
+        (dict(img_size=(31, 64)), r"img_size must be at least 32; got \(31, 64\)"),
         (dict(patch_size=0), "patch_size must be at least 1; got 0"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must lie in \[0, 1\)"),
     ],
@@ -24,6 +29,14 @@ TINY: dict[str, Any] = dict(img_size=32, patch_size=2, embed_dim=8, depths=(1, 2
 def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ConvNeXtConfig(**given)
+
+
+@torch.no_grad()
+def test_an_image_is_large_enough_for_one_cell_in_the_last_stage() -> None:
+    model = ConvNeXt(**TINY).eval()
+    assert model(torch.zeros(1, 3, 4, 5)).shape == (1, 3)
+    with pytest.raises(ValueError, match="images must be at least 4 pixels a side.*; got 3 x 9: use larger images"):
+        model(torch.zeros(1, 3, 3, 9))
 
 
 @torch.no_grad()

@@ -122,6 +122,18 @@ def test_the_distillation_token_begins_as_the_authors_draw_it() -> None:
     assert token.std().item() == pytest.approx(0.02, rel=0.1) and token.abs().max() < 0.05
 
 
+@torch.no_grad()
+def test_heads_that_differ_have_no_mean() -> None:
+    model = DeiT(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=10)
+    model.head = nn.Linear(24, 5)
+    with pytest.raises(
+        ValueError, match=r"as many logits.*; got 5 and 10: put in both, or use reset_classifier\(num_c"
+    ):
+        model(x := torch.zeros(1, 3, 32, 32))
+    model.head_dist = nn.Linear(24, 5)
+    assert model(x).shape == (1, 5)
+
+
 @pytest.mark.parametrize("options", [dict(global_pool="avg"), dict(global_pool="map", class_token=False)])
 def test_two_tokens_to_read_must_be_there(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="distilled=True reads a class and a distillation token.*use distilled=False"):

@@ -18,8 +18,9 @@ TINY: dict[str, Any] = dict(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(stem_depths=(2, 0)), r"stem_depths must name 0 to 6 stages of at least one block each; got \(2, 0\)"),
-        (dict(stem_depths=(1,) * 7), "stem_depths must name 0 to 6 stages"),
+        (dict(stem_depths=(2, 0)), r"stem_depths must be at least 1; got \(2, 0\)"),
+        (dict(stem_depths=(1,) * 7), "stem_depths must be a tuple of whole numbers, blocks of each of 0 to 6 stages"),
+        (dict(stem_depths=3), r"stem_depths must be a tuple of whole numbers, .* such as \(3, 4, 9\); got 3"),
         (dict(stem_width=16), "stem_width must be at least 32; got 16"),
         (dict(stem_width=72), "stem_width must be divisible by 32, the groups of a norm; got 72: use 64 or 96"),
         (dict(embed_dim=0), "embed_dim must be at least 1; got 0"),
@@ -28,6 +29,11 @@ TINY: dict[str, Any] = dict(
 def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         HybridConfig(**given)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_patches_that_are_normed_before_the_blocks_have_no_bias(pre_norm: bool) -> None:
+    assert (HybridViT(**TINY, pre_norm=pre_norm).patch_embed.proj.bias is None) == pre_norm
 
 
 @pytest.mark.parametrize("depths", [(), (1,), (1, 1), (1, 1, 1, 1)])

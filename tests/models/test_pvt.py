@@ -209,8 +209,8 @@ def test_norms_after_convolutions_have_an_epsilon_of_their_own() -> None:
 @torch.no_grad()
 def test_dynamic_pad_adds_zeros_on_the_right_and_below() -> None:
     model, x = build(dynamic_pad=True), torch.randn(2, 3, 50, 70)
-    close(model(x), build()(F.pad(x, (0, 26, 0, 14))))
     mask = torch.zeros(2, 50, 70, dtype=torch.bool)
+    close(model(x), build()(F.pad(x, (0, 26, 0, 14)), F.pad(mask, (0, 26, 0, 14), value=True)))
     mask[:, :, 33:] = True
     close(model(x, mask), build()(F.pad(x, (0, 26, 0, 14)), F.pad(mask, (0, 26, 0, 14), value=True)))
     assert build(img_size=50, dynamic_pad=True).state_dict()["pos_embed1"].shape == (1, 256, 8)
@@ -269,12 +269,12 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(depths=()), r"depths must name a number for each stage, such as \(2, 2, 6, 2\); got \(\)"),
+        (dict(depths=()), r"depths must be a tuple of whole numbers, one for each of 1 to 8 stages, such .*; got \(\)"),
         (
             dict(embed_dims=(8, 16, 24.5, 32)),
-            r"embed_dims must name a number for each stage.*; got \(8, 16, 24.5, 32\)",
+            r"embed_dims must be a tuple of whole numbers, one for each.*; got \(8, 16, 24.5, 32\)",
         ),
-        (dict(num_heads=1), "num_heads must name a number for each stage.*; got 1"),
+        (dict(num_heads=1), "num_heads must be a tuple of whole numbers.*; got 1"),
         (dict(num_heads=(1, 2)), r"for each of the 4 stages of depths \(1, 2, 1, 1\); got \(1, 2\)"),
         (dict(depths=(1, 0, 1, 1)), r"depths must be at least 1; got \(1, 0, 1, 1\)"),
         (dict(img_size=16), r"img_size must be at least 32; got \(16, 16\)"),
@@ -282,7 +282,18 @@ def test_a_mask_of_another_shape_is_refused() -> None:
             dict(sr_ratios=(8, 4, 2, 2)),
             r"sr_ratios must end in 1, where the class token has no cell; got \(8, 4, 2, 2\)",
         ),
-        (dict(mlp_ratios=(4, 4, 2, 0)), r"mlp_ratios must leave a hidden width of at least 1; got \(4, 4, 2, 0\)"),
+        (
+            dict(mlp_ratios=(4, 4, 2, 0)),
+            r"mlp_ratios must leave a hidden width of at least 1; got \(4, 4, 2, 0\): the usual is 4",
+        ),
+        (
+            dict(mlp_ratios=(float("nan"), 1, 1, 1)),
+            r"mlp_ratios must be a tuple of finite numbers.*; got \(nan, 1, 1, 1",
+        ),
+        (
+            dict(mlp_ratios=(1, float("inf"), 1, 1)),
+            r"mlp_ratios must be a tuple of finite numbers.*; got \(1, inf, 1, 1",
+        ),
         (dict(num_heads=(1, 2, 5, 4)), "embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must lie in \[0, 1\); got 1.0"),
     ],

@@ -224,7 +224,7 @@ def test_checkpointing_runs_every_block_again() -> None:
         (dict(sr_ratios=(8, 4, 0, 1)), r"sr_ratios must be at least 1; got \(8, 4, 0, 1\)"),
         (
             dict(mlp_ratios=(4, 4, 2, 0.01)),
-            r"mlp_ratios must leave a hidden width of at least 1; got \(4, 4, 2, 0.01\)",
+            r"mlp_ratios must leave a hidden width of at least 1; got \(4, 4, 2, 0.01\): the usual is 4",
         ),
         (dict(num_heads=(1, 2, 5, 4)), "embed_dim 24 is not divisible by num_heads 5"),
         (dict(attn_drop_rate=-0.1), r"attn_drop_rate must lie in \[0, 1\); got -0.1"),

@@ -70,10 +70,10 @@ def test_a_row_has_the_published_parameters_and_macs(row: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(depths=(2, 2)), r"as many stages; got \(2, 2\) and \(3, 6, 12, 24\)"),
-        (dict(depths=2), r"depths must hold a whole number for each of 1 to 8 stages.*got 2"),
-        (dict(depths=()), r"depths must hold a whole number for each of 1 to 8 stages.*got \(\)"),
-        (dict(num_heads=(3, 6, 12.0, 24)), "num_heads must hold a whole number"),
+        (dict(depths=(2, 2)), r"num_heads must name a number for each of the 2 stages of depths \(2, 2\); got \(3, 6"),
+        (dict(depths=2), r"depths must be a tuple of whole numbers, one for each of 1 to 8 stages.*got 2"),
+        (dict(depths=()), r"depths must be a tuple of whole numbers, one for each of 1 to 8 stages.*got \(\)"),
+        (dict(num_heads=(3, 6, 12.0, 24)), "num_heads must be a tuple of whole numbers"),
         (dict(depths=(2, 0, 6, 2)), r"depths must be at least 1; got \(2, 0, 6, 2\)"),
         (dict(window_size=0), r"window_size must be at least 1; got \(0, 0\)"),
         (dict(window_size=(7, 7, 7)), "a size is one whole number"),

@@ -223,6 +223,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (dict(window_size=2), r"window_size > 0 is for image tokens alone.*got also class_token: use class_token=False"),
     (dict(**WINDOWS, window_size=2, rel_pos_bias=True), "got also rel_pos_bias"),
     (dict(**WINDOWS, window_size=2, global_blocks=(3,)), r"global_blocks must name blocks, 0 … 2, .*got \(3,\)"),
+    *[
+        (
+            dict(**WINDOWS, window_size=2, global_blocks=wrong),
+            "global_blocks must be a tuple of whole numbers, blocks by ",
+        )
+        for wrong in (3, ("1",), (1.5,), (True,))
+    ],
     (dict(global_blocks=(1,)), r"of a network with window_size > 0; got \(1,\) with window_size 0"),
     (dict(window_size=-1), "window_size must be at least 0; got -1"),
     (dict(rope="mixed"), "rope must be one of none, axial, dinov3; got 'mixed'"),

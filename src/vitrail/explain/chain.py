@@ -14,6 +14,8 @@ from vitrail.explain.choice import CannotExplainError
 from vitrail.explain.places import key_prefix
 from vitrail.explain.record import AttentionMap
 
+MEND = "use method='attention' (--method attention), which shows one layer by itself"
+
 
 def queries(seen: AttentionMap) -> int:
     return seen.weights.shape[-2]
@@ -32,7 +34,7 @@ def check_chain(maps: Sequence[AttentionMap], fusion: str) -> None:
         if reason := _not_square(seen) or (_not_next(below, seen) if below else ""):
             raise CannotExplainError(
                 "rollout is a product of matrices, each of which must lead from all tokens to the same tokens: "
-                f"layer {seen.layer} {reason}"
+                f"layer {seen.layer} {reason}: {MEND}"
             )
 
 
@@ -42,7 +44,7 @@ def check_tail(tail: Sequence[AttentionMap], below: AttentionMap, fusion: str) -
         _check_recorded(before, seen, fusion)
         if reason := _no_end(below, seen, tail):
             raise CannotExplainError(
-                f"rollout ends in attention pooling or in class attention: layer {seen.layer} {reason}"
+                f"rollout ends in attention pooling or in class attention: layer {seen.layer} {reason}: {MEND}"
             )
 
 

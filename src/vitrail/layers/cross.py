@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Kernel, Layout, attend
+from vitrail.layers.attention import Kernel, Layout, attend, check_heads
 from vitrail.layers.blocks import NORMS, DropPath
 from vitrail.layers.linear import Linear
 
@@ -33,6 +33,7 @@ class CrossAttention(nn.Module):
         attn: Kernel = "auto",
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn, self.attn_drop = num_heads, attn, attn_drop
         self.wq = Linear(dim, dim, bias=qkv_bias)
         self.wk = Linear(dim, dim, bias=qkv_bias)

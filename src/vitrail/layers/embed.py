@@ -100,7 +100,7 @@ class PatchEmbed(nn.Module):
         """Padded pixels (B, H, W) bool -> (B, N) bool: true where a patch holds nothing but padding."""
         rows, columns = self.grid(mask.shape[-2], mask.shape[-1])
         below, right = rows * self.patch_size[0] - mask.shape[-2], columns * self.patch_size[1] - mask.shape[-1]
-        seen = F.pad(~mask.bool(), (0, right, 0, below)).float()
+        seen = F.pad(~mask, (0, right, 0, below)).float()
         return F.max_pool2d(seen[:, None], self.patch_size).flatten(1) == 0
 
 
@@ -135,7 +135,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def padding(self, mask: Tensor) -> Tensor:
         """Padded pixels (B, H, W) bool -> (B, N) bool: true where a cell stands for nothing but padding."""
-        seen = (~mask.bool()).float()[:, None]
+        seen = (~mask).float()[:, None]
         return F.max_pool2d(seen, self.stride, ceil_mode=True).flatten(1) == 0
 
 
@@ -146,8 +146,12 @@ def check_channels(images: Tensor, in_chans: int) -> None:
 
 
 def check_mask(mask: Tensor | None, images: Tensor) -> None:
-    """Raises `ValueError` unless a mask of padded pixels is (B, H, W), as its images (B, C, H, W) are."""
-    if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
+    """Raises `ValueError` unless a mask of padded pixels is bool and (B, H, W), as its images (B, C, H, W) are."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, true where a pixel is padding; got {mask.dtype}: use mask.bool()")
+    if mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
         raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
 
 

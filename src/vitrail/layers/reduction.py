@@ -78,7 +78,7 @@ class ReducedAttention(nn.Module):
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, P + N, D)
         keys = self.reduce(x, grid, padding)
         k, v = self.kv(keys.x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N', D)
-        bias = None if keys.padding is None else padding_bias(_hideable(keys.padding), prefix, x.dtype)
+        bias = None if keys.padding is None else padding_bias(keys.padding, prefix, x.dtype)
         layout = Layout(
             grid, prefix, query_index=_shown(padding), key_index=_shown(keys.padding), key_grid=keys.grid,
             readout=(0,) if prefix else (),
@@ -91,7 +91,9 @@ class ReducedAttention(nn.Module):
 class SpatialReductionAttention(ReducedAttention):
     """Keys and values of windows of `sr_ratio` x `sr_ratio` cells, each projected to one and normed (PVT, eq. 3).
 
-    Cells beyond the last whole window are no keys. Raises `ValueError` for a grid without a whole window.
+    Cells beyond the last whole window are no keys, though the layout lays its h' x w' keys over the whole image: where
+    a side does not divide by `sr_ratio`, a map of attention is stretched there by less than one window. Raises
+    `ValueError` for a grid without a whole window.
     """
 
     def __init__(
@@ -166,11 +168,6 @@ def _as_tokens(x: Tensor) -> Tensor:
 def _seen(padding: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, N) true where padded -> a map (B, 1, h, w), 1 where not."""
     return (~padding).float().unflatten(1, grid)[:, None]
-
-
-def _hideable(padding: Tensor) -> Tensor:
-    """An image of nothing but padding hides no key: a row of the softmax without any would be no number."""
-    return padding & ~padding.all(1, keepdim=True)
 
 
 def _shown(padding: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Kernel, Layout, attend
+from vitrail.layers.attention import Kernel, Layout, attend, check_heads
 from vitrail.layers.blocks import NORMS, Mlp
 from vitrail.layers.linear import Linear
 
@@ -36,7 +36,12 @@ def mean_tokens(x: Tensor, padding: Tensor | None = None) -> Tensor:
 
 
 def padding_bias(padding: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """(B, N) true where padded -> a bias (B, 1, 1, P + N) that hides those keys from everyone."""
+    """(B, N) true where padded -> a bias (B, 1, 1, P + N) that hides those keys from everyone.
+
+    An image of nothing but padding hides none where no prefix is left to look at: a row of the softmax without any key
+    would be no number.
+    """
+    padding = padding if prefix else padding & ~padding.all(dim=1, keepdim=True)
     hidden = torch.zeros(padding.shape[0], prefix + padding.shape[1], dtype=dtype, device=padding.device)
     hidden[:, prefix:].masked_fill_(padding, float("-inf"))
     return hidden[:, None, None]
@@ -70,6 +75,7 @@ class AttentionPool(nn.Module):
         attn: Kernel = "auto",
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn = num_heads, attn
         self.latent = nn.Parameter(torch.zeros(1, 1, dim))
         self.q = Linear(dim, dim)

@@ -62,7 +62,7 @@ class ScaledPatchEmbed(PatchEmbed):
         own, size = (mask.shape[-2], mask.shape[-1]), self.size(mask)
         if self._cuts(own, size):
             return super().padding(middle(mask, size))
-        seen = F.adaptive_max_pool2d((~mask.bool())[:, None].float(), size)
+        seen = F.adaptive_max_pool2d((~mask)[:, None].float(), size)
         return super().padding(seen[:, 0] == 0)  # a pixel made of padding alone
 
     def size(self, images: Tensor) -> tuple[int, int]:

@@ -187,7 +187,8 @@ class Backbone(nn.Module, ABC):
     ) -> Features:
         """The features after the blocks or stages named by `indices` (from 0, negative from the end).
 
-        An int means the last so many, None means all. `norm` applies the final norm where the family has one.
+        An int means the last so many, None means all. `norm` applies the final norm where the family has one. Under a
+        `mask`, what stands in cells of nothing but padding is not defined; whoever reads a map leaves these cells out.
         """
 
     @abstractmethod

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import Attention, Kernel, Layout, attend
+from vitrail.layers.attention import Attention, Kernel, Layout, attend, check_heads
 from vitrail.layers.blocks import NORMS, DropPath, Mlp, is_hooked, run_block
 from vitrail.layers.embed import PatchEmbed, Size, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
@@ -45,7 +45,7 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, choose, family_config
 from vitrail.names import check_choice
 
 PAIRS = ("img_size", "patch_size")
@@ -100,8 +100,7 @@ class CaiTConfig:
         check_least(self, LEAST)
         check_rates(self)
         for name in ("mlp_ratio", "mlp_ratio_token_only"):
-            if int(self.embed_dim * (ratio := getattr(self, name))) < 1:
-                raise ValueError(f"{name} must leave a hidden width of at least 1; got {ratio}: the usual is 4")
+            check_hidden(self, "embed_dim", name)
 
 
 def _row(
@@ -177,6 +176,7 @@ class ClassAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, attn: Kernel = "auto") -> None:
         super().__init__()
+        check_heads(dim, num_heads, attn)
         self.num_heads, self.attn = num_heads, attn
         self.q = Linear(dim, dim, bias=qkv_bias)
         self.k = Linear(dim, dim, bias=qkv_bias)
@@ -239,9 +239,12 @@ class CaiT(Backbone):
     # ---- image -> tokens -> features -> logits
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """images (B, C_in, H, W) -> Tokens without a prefix; `mask` (B, H, W) is true where a pixel is padding."""
+        """images (B, C_in, H, W) -> Tokens without a prefix.
+
+        `mask` (B, H, W) is true where a pixel is padding, and counts as zero.
+        """
         check_mask(mask, images)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None], 0))
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         padding = None if mask is None else self.patch_embed.padding(mask)
         return Tokens(patches, resize_positions(self.pos_embed, self.patch_embed.grid_size, grid), grid, 0, padding)
@@ -265,8 +268,9 @@ class CaiT(Backbone):
         tokens = tokens if keep is None else tokens.kept(keep)
         x, seen = tokens.x, {}
         shown = tokens.shown
+        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=())
-        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=_among_tokens(tokens), layout=layout)
+        run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
         for index in range(len(self.blocks))[blocks]:
             x = run(self.blocks[index], x)
             if index in taps:
@@ -382,14 +386,3 @@ class CaiT(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-
-def _among_tokens(tokens: Tokens) -> Tensor | None:
-    """The bias (B, 1, 1, P + N) that hides padding from image tokens.
-
-    An image of nothing but padding is left as it is: a softmax needs a key, and class attention hides it all the same.
-    """
-    if tokens.padding is None:
-        return None
-    hidden = tokens.padding & ~tokens.padding.all(dim=1, keepdim=True)
-    return padding_bias(hidden, tokens.prefix, tokens.x.dtype)

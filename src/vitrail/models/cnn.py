@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.embed import Size, pair
+from vitrail.layers.linear import Linear
 from vitrail.models.backbone import FeatureInfo, drawn_once, usual_preprocess
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_least, check_rates, check_stages, choose, family_config
 from vitrail.models.convnet import ConvNet
 from vitrail.names import check_choice
 
@@ -46,12 +47,10 @@ class ResNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", pair(self.img_size))
-        object.__setattr__(self, "depths", tuple(self.depths))
         check_choice("stem", self.stem, ("imagenet", "small"))
         check_choice("block", self.block, ("basic", "bottleneck"))
-        if not 1 <= len(self.depths) <= 8 or not all(type(n) is int and n >= 1 for n in self.depths):
-            raise ValueError(f"depths must name 1 to 8 stages of at least one block each; got {self.depths}")
-        check_least(self, {"img_size": 1, "in_chans": 1, "num_classes": 0, "embed_dim": 1})
+        check_stages(self)
+        check_least(self, dict.fromkeys(("img_size", "in_chans", "embed_dim", "depths"), 1) | {"num_classes": 0})
         check_rates(self)
 
 
@@ -87,7 +86,7 @@ class ResNet(ConvNet):
                 inputs = width
             self.num_features = inputs
             self.head_drop = nn.Dropout(c.drop_rate)
-            self.fc = nn.Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
+            self.fc = Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
 
     def stem_map(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)  # a CPU pools and convolves it faster
@@ -102,7 +101,7 @@ class ResNet(ConvNet):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none); `classes` is emptied."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.fc = nn.Linear(self.num_features, num_classes).to(self.conv1.weight) if num_classes else nn.Identity()
+        self.fc = Linear(self.num_features, num_classes).to(self.conv1.weight) if num_classes else nn.Identity()
 
     @torch.no_grad()
     def init_weights(self) -> None:

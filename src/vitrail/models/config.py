@@ -6,7 +6,7 @@ ViTConfig(img_size=32, heads=4)  ── spelled ──>  img_size, num_heads  �
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -42,7 +42,7 @@ def family_config(cls: type[T]) -> type[T]:
 def check_least(config: Any, least: Mapping[str, int]) -> None:
     """Raises `ValueError` where a field, or one number of a field of several, is less than it may be."""
     for name, bound in least.items():
-        if min(_flat(getattr(config, name))) < bound:
+        if min(_flat(getattr(config, name)), default=bound) < bound:
             raise ValueError(f"{name} must be at least {bound}; got {getattr(config, name)}")
 
 
@@ -53,17 +53,38 @@ def check_rates(config: Any) -> None:
             raise ValueError(f"{name} must lie in [0, 1); got {getattr(config, name)}")
 
 
+def check_hidden(config: Any, widths: str, ratios: str) -> None:
+    """Raises `ValueError` where the ratios of a field leave an MLP of these widths nothing hidden."""
+    given = getattr(config, ratios)
+    pairs = zip(_flat(getattr(config, widths)), _flat(given), strict=True)
+    if min(int(width * ratio) for width, ratio in pairs) < 1:
+        raise ValueError(f"{ratios} must leave a hidden width of at least 1; got {given}: the usual is 4")
+
+
+def check_numbers(
+    config: Any, name: str, what: str, counts: Sequence[int] | None = None, kinds: tuple[type, ...] = (int,)
+) -> None:
+    """Makes a tuple of a field of several finite numbers, as many as one of `counts`, which are `what`.
+
+    Raises `ValueError` where it is anything else.
+    """
+    value = getattr(config, name)
+    listed = isinstance(value, tuple | list) and (counts is None or len(value) in counts)
+    if not listed or not all(type(number) in kinds and math.isfinite(number) for number in value):
+        kind = "finite" if float in kinds else "whole"
+        raise ValueError(f"{name} must be a tuple of {kind} numbers, {what}; got {value!r}")
+    object.__setattr__(config, name, tuple(value))
+
+
 def check_stages(config: Any, *names: str) -> None:
     """Makes tuples of `depths` and of the fields `names`, which hold one number a stage.
 
     Raises `ValueError` where one is no list of numbers, whole ones but for `mlp_ratios`, or names other many stages.
+    Eight stages make a cell of hundreds of pixels; more would be a mistake.
     """
     for name in ("depths", *names):
-        value = getattr(config, name)
         kinds = (int, float) if name == "mlp_ratios" else (int,)
-        if not isinstance(value, tuple | list) or not value or not all(type(number) in kinds for number in value):
-            raise ValueError(f"{name} must name a number for each stage, such as (2, 2, 6, 2); got {value!r}")
-        object.__setattr__(config, name, tuple(value))
+        check_numbers(config, name, "one for each of 1 to 8 stages, such as (2, 2, 6, 2)", range(1, 9), kinds)
     for name in names:
         if len(getattr(config, name)) != len(config.depths):
             raise ValueError(

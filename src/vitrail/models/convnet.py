@@ -59,7 +59,15 @@ class ConvNet(Backbone):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> LastMap:
         """images (B, C_in, H, W) -> the last stage's map; padded pixels count as zeros."""
         x = self._through(images, mask)[-1]
-        return LastMap(x, None if mask is None else F.adaptive_max_pool2d((~mask).float(), x.shape[-2:]) == 0)
+        return LastMap(x, None if mask is None else self._padding(mask, x))
+
+    def _padding(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Padded pixels (B, H, W) -> (B, h, w) true where a cell of the last map `x` stands for nothing but padding.
+
+        Each stands for as many pixels as the stride; of a last one that is cut short there may be a cell or none.
+        """
+        seen = F.max_pool2d((~mask).float()[:, None], int(self.feature_info[-1].reduction), ceil_mode=True)
+        return seen[:, 0, : x.shape[-2], : x.shape[-1]] == 0
 
     def forward_head(self, x: LastMap, pre_logits: bool = False) -> Tensor:
         """The last map -> logits (B, K), or (B, num_features) with `pre_logits`; the mean is over cells with pixels."""

@@ -26,7 +26,7 @@ from vitrail.layers.embed import Size, pair
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.models.backbone import FeatureInfo, drawn_once, usual_preprocess
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_least, check_rates, check_stages, choose, family_config
 from vitrail.models.convnet import ConvNet
 
 EPSILON = 1e-6
@@ -57,11 +57,15 @@ class ConvNeXtConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", pair(self.img_size))
-        object.__setattr__(self, "depths", tuple(self.depths))
-        if not 1 <= len(self.depths) <= 8 or not all(type(n) is int and n >= 1 for n in self.depths):
-            raise ValueError(f"depths must name 1 to 8 stages of at least one block each; got {self.depths}")
-        check_least(self, {"img_size": 1, "in_chans": 1, "num_classes": 0, "patch_size": 1, "embed_dim": 1})
+        check_stages(self)
+        check_least(self, dict.fromkeys(("depths", "patch_size", "embed_dim", "in_chans"), 1) | {"num_classes": 0})
+        check_least(self, {"img_size": self.least})
         check_rates(self)
+
+    @property
+    def least(self) -> int:
+        """Pixels a side that leave the last stage one cell."""
+        return int(self.patch_size * 2 ** (len(self.depths) - 1))
 
 
 VARIANTS: dict[str, ConvNeXtConfig] = {
@@ -126,7 +130,10 @@ class Head(nn.Module):
 
 
 class ConvNeXt(ConvNet):
-    """A ConvNeXt; see the module's docstring for its shapes. Takes a config or its fields."""
+    """A ConvNeXt; see the module's docstring for its shapes. Takes a config or its fields.
+
+    Raises `ValueError` for images too small for one cell in the last stage.
+    """
 
     family = "convnext"
 
@@ -148,6 +155,12 @@ class ConvNeXt(ConvNet):
             self.head = Head(self.num_features, c.num_classes, c.drop_rate)
 
     def stem_map(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < (least := self.config.least):
+            raise ValueError(
+                f"images must be at least {least} pixels a side, one cell in the last stage; got {height} x {width}: "
+                "use larger images, or a smaller patch_size"
+            )
         return self.stem(images)
 
     def neck(self, pooled: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from vitrail.layers.attention import Kernel, Layout
 from vitrail.layers.blocks import NORMS, Block, drop_path_rates, run_block
 from vitrail.layers.cross import CrossAttentionBlock
-from vitrail.layers.embed import Size, pair, resize_positions
+from vitrail.layers.embed import Size, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
 from vitrail.layers.tokens import mean_tokens, padding_bias
 from vitrail.layers.views import ScaledPatchEmbed
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, PositionTable, Tokens, drawn_once, usual_preprocess
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, choose, family_config
 from vitrail.names import check_choice, shortened
 
 BRANCHES = range(2)
@@ -104,8 +104,7 @@ class CrossViTConfig:
         check_rates(self)
         if min(self.img_scale) <= 0:
             raise ValueError(f"img_scale must be above 0; got {self.img_scale}: the published is (1.0, 14 / 15)")
-        if min(int(width * ratio) for width, ratio in zip(self.embed_dim, self.mlp_ratio, strict=True)) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
+        check_hidden(self, "embed_dim", "mlp_ratio")
 
 
 def _both(name: str, value: Any, *, whole: bool) -> tuple[Any, ...]:
@@ -258,8 +257,7 @@ class CrossViT(Backbone):
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> list[Tokens]:
         """images (B, C_in, H, W) -> the tokens of each branch, their positions added; padded pixels count as zeros."""
-        if mask is not None and mask.shape != (shape := (images.shape[0], *images.shape[-2:])):
-            raise ValueError(f"mask must be (B, H, W) like the images, {shape}; got {tuple(mask.shape)}")
+        check_mask(mask, images)
         images = images if mask is None else images.masked_fill(mask[:, None], 0)
         return [self._embed_branch(b, images, mask) for b in BRANCHES]
 
@@ -303,7 +301,7 @@ class CrossViT(Backbone):
 
     def forward_head(self, x: Sequence[Tokens], pre_logits: bool = False) -> Tensor:
         """The mean of both heads' logits (B, K); with `pre_logits`, or without heads, what they take (B, C_0 + C_1)."""
-        if pre_logits or not self.config.num_classes:
+        if pre_logits or isinstance(self.get_classifier(), nn.Identity):
             return torch.cat(self._pool(x), dim=1)
         return torch.stack(self.forward_heads(x)).mean(0)
 

@@ -112,10 +112,18 @@ class DeiT(VisionTransformer):
         return self.head(label), self.head_dist(teacher)
 
     def forward_head(self, x: Tokens, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` or `encode` -> the mean of both heads' logits (B, K); of both tokens (B, C)."""
+        """Tokens of `forward_features` or `encode` -> the mean of both heads' logits (B, K); of both tokens (B, C).
+
+        Raises `ValueError` where one head makes more logits than the other.
+        """
         if self.head_dist is None:
             return super().forward_head(x, pre_logits)
         first, second = self._read_tokens(x) if pre_logits else self.forward_heads(x)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"head and head_dist must make as many logits, for forward is their mean; got {first.shape[1]} and "
+                f"{second.shape[1]}: put in both, or use reset_classifier(num_classes)"
+            )
         return (first + second) / 2
 
     def _read_tokens(self, x: Tokens) -> tuple[Tensor, Tensor]:

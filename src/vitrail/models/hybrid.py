@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.embed import PROJECTIONS, PatchEmbed, Size, check_channels, pair
-from vitrail.models.config import check_least, family_config
+from vitrail.models.config import check_least, check_numbers, family_config
 from vitrail.models.vit import VisionTransformer
 from vitrail.models.vit_config import ViTConfig
 
@@ -46,10 +46,8 @@ class HybridConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "stem_depths", tuple(self.stem_depths))
-        if len(self.stem_depths) > 6 or not all(type(n) is int and n >= 1 for n in self.stem_depths):
-            raise ValueError(f"stem_depths must name 0 to 6 stages of at least one block each; got {self.stem_depths}")
-        check_least(self, {"stem_width": GROUPS})
+        check_numbers(self, "stem_depths", "blocks of each of 0 to 6 stages, such as (3, 4, 9)", range(7))
+        check_least(self, {"stem_depths": 1, "stem_width": GROUPS})
         if self.stem_width % GROUPS:
             below = self.stem_width // GROUPS * GROUPS
             raise ValueError(
@@ -180,9 +178,11 @@ class HybridEmbed(PatchEmbed):
     def __init__(self, c: ViTConfig, backbone: nn.Module, channels: int, stride: int) -> None:
         self.stride, self.cells = stride, pair(c.patch_size)  # `grid`, which is asked for next, may read them
         pixels = (stride * self.cells[0], stride * self.cells[1])
-        super().__init__(c.img_size, pixels, c.in_chans, c.embed_dim, kind=c.embed, dynamic_pad=c.dynamic_pad)
+        super().__init__(
+            c.img_size, pixels, c.in_chans, c.embed_dim, kind=c.embed, bias=not c.pre_norm, dynamic_pad=c.dynamic_pad
+        )
         self.backbone = backbone
-        self.proj = PROJECTIONS[c.embed](channels, c.embed_dim, self.cells, True)
+        self.proj = PROJECTIONS[c.embed](channels, c.embed_dim, self.cells, not c.pre_norm)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(self.backbone(self.padded(images))).flatten(2).transpose(1, 2)  # (B, N, C)
@@ -230,6 +230,7 @@ class HybridViT(VisionTransformer):
     config_class = HybridConfig
     config: HybridConfig
     patch_embed: HybridEmbed
+    _rows_read = VisionTransformer._rows_read
 
     def _make_patch_embed(self) -> HybridEmbed:
         c = self.config

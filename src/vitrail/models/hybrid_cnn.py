@@ -176,6 +176,7 @@ class HybridCNNViT(VisionTransformer):
     config_class = HybridCNNConfig
     config: HybridCNNConfig
     patch_embed: HybridEmbed
+    _rows_read = VisionTransformer._rows_read
 
     def __init__(self, config: HybridCNNConfig | None = None, **fields: Any) -> None:
         super().__init__(config, **fields)

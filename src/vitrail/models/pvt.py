@@ -12,8 +12,8 @@ without Convolutions", arXiv 2102.12122.
 Notable choices: keys are the authors', numbered from 1 (`patch_embed1 … pos_embed4`), as no timm model has this family;
 positions are resized as the authors do, bilinearly. Their code has two epsilons: 1e-5 in norms that follow a
 convolution, 1e-6 in all others; transformers' port has 1e-6 everywhere. Both load exactly, through the config. Where
-the authors cut off the pixels that do not divide into patches, that is an error here, or zeros are added by
-`dynamic_pad`.
+the authors cut off the pixels that do not divide into patches, that is an error here, or `dynamic_pad` adds
+zeros, which count as padding.
 
 Legend: `B` batch, `C_in` channels, `H`, `W` pixels, `h`, `w` grid of a stage, `N` = h·w, `P` class token (0 or 1),
 `C` width of a stage, `R` its reduction ratio, `K` classes.
@@ -45,7 +45,7 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_least, check_rates, check_stages, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
 
 
 @family_config
@@ -95,8 +95,7 @@ class PVTConfig:
         positive = ("patch_size", "in_chans", "embed_dims", "depths", "num_heads", "sr_ratios")
         check_least(self, {**dict.fromkeys(positive, 1), "img_size": self.least, "num_classes": 0})
         check_rates(self)
-        if min(int(dim * ratio) for dim, ratio in zip(self.embed_dims, self.mlp_ratios, strict=True)) < 1:
-            raise ValueError(f"mlp_ratios must leave a hidden width of at least 1; got {self.mlp_ratios}")
+        check_hidden(self, "embed_dims", "mlp_ratios")
         if self.sr_ratios[-1] != 1:
             raise ValueError(f"sr_ratios must end in 1, where the class token has no cell; got {self.sr_ratios}")
 
@@ -218,14 +217,15 @@ class PyramidVisionTransformer(Backbone):
         return found
 
     def _prepared(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Images and mask of a size that divides, zero where padded."""
+        """Images and mask of a size that divides, zero where padded; what is added counts as padding too."""
         check_channels(images, self.config.in_chans)
         check_mask(mask, images)
         height, width = self._whole(images.shape[-2], images.shape[-1])
         images = images if mask is None else images.masked_fill(mask[:, None], 0)
         edges = (0, width - images.shape[-1], 0, height - images.shape[-2])
         if any(edges):
-            images, mask = F.pad(images, edges), None if mask is None else F.pad(mask, edges, value=True)
+            seen = torch.zeros_like(images[:, 0], dtype=torch.bool) if mask is None else mask
+            images, mask = F.pad(images, edges), F.pad(seen, edges, value=True)
         return images, mask
 
     def _stage(self, stage: int, x: Tensor, mask: Tensor | None, rows: int | None) -> Tokens:

@@ -35,7 +35,7 @@ from vitrail.layers.linear import Linear
 from vitrail.layers.reduction import LinearReductionAttention, ReducedAttention, SpatialReductionAttention
 from vitrail.layers.tokens import as_map, mean_tokens
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, drawn_once, usual_preprocess
-from vitrail.models.config import check_least, check_rates, check_stages, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
 
 
 @family_config
@@ -85,8 +85,7 @@ class PVTV2Config:
         positive = ("patch_size", "stride", "in_chans", "embed_dims", "depths", "num_heads", "sr_ratios")
         check_least(self, {**dict.fromkeys(positive, 1), "img_size": self.least, "num_classes": 0})
         check_rates(self)
-        if min(int(dim * ratio) for dim, ratio in zip(self.embed_dims, self.mlp_ratios, strict=True)) < 1:
-            raise ValueError(f"mlp_ratios must leave a hidden width of at least 1; got {self.mlp_ratios}")
+        check_hidden(self, "embed_dims", "mlp_ratios")
 
     @property
     def strides(self) -> tuple[int, ...]:

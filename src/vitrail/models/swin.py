@@ -45,7 +45,7 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_least, check_rates, choose, family_config
+from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
 
 PAIRS = ("img_size", "patch_size", "window_size")
 LEAST = {**dict.fromkeys((*PAIRS, "embed_dim", "depths", "num_heads", "in_chans"), 1), "num_classes": 0}
@@ -89,23 +89,10 @@ class SwinConfig:
     def __post_init__(self) -> None:
         for name in PAIRS:
             object.__setattr__(self, name, pair(getattr(self, name)))
-        for name in ("depths", "num_heads"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        if len(self.depths) != len(self.num_heads):
-            raise ValueError(f"depths and num_heads must name as many stages; got {self.depths} and {self.num_heads}")
+        check_stages(self, "num_heads")
         check_least(self, LEAST)
         check_rates(self)
-        if int(self.embed_dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
-
-
-def _numbers(name: str, given: Any) -> tuple[int, ...]:
-    """A number a stage. Eight stages make a cell of a thousand pixels; more would be a mistake."""
-    if not isinstance(given, tuple | list) or not 1 <= len(given) <= 8 or not all(type(n) is int for n in given):
-        raise ValueError(
-            f"{name} must hold a whole number for each of 1 to 8 stages, as in (2, 2, 6, 2); got {given!r}"
-        )
-    return tuple(given)
+        check_hidden(self, "embed_dim", "mlp_ratio")
 
 
 def _row(
@@ -323,7 +310,7 @@ class SwinTransformer(Backbone):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for `num_classes` classes (0: none), initialised by its law; `classes` is emptied."""
         self.config, self.classes = replace(self.config, num_classes=num_classes), ()
-        self.head = Head(self.num_features, num_classes, self.config.drop_rate).to(self.norm.weight)
+        self.head.fc = Linear(self.num_features, num_classes).to(self.norm.weight) if num_classes else nn.Identity()
         init_leaf(self.head.fc)
 
     @torch.no_grad()

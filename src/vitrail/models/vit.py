@@ -141,7 +141,7 @@ class VisionTransformer(Backbone):
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
         """images (B, C_in, H, W) -> Tokens; `mask` (B, H, W) is true where a pixel is padding, and counts as zero."""
         check_mask(mask, images)
-        patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None].bool(), 0))
+        patches = self.patch_embed(images if mask is None else images.masked_fill(mask[:, None], 0))
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         prefix = [token.expand(images.shape[0], -1, -1) for token in self._prefix().values()]
         padding = None if mask is None else self.patch_embed.padding(mask)

@@ -14,7 +14,7 @@ from vitrail.layers.attention import Kernel
 from vitrail.layers.blocks import ACTIVATIONS, BLOCKS, MLPS, NORMS
 from vitrail.layers.embed import PROJECTIONS, Size, pair
 from vitrail.layers.rope import ROPES
-from vitrail.models.config import check_least, check_rates, family_config
+from vitrail.models.config import check_hidden, check_least, check_numbers, check_rates, family_config
 from vitrail.names import check_choice
 
 PAIRS = ("img_size", "patch_size")
@@ -112,13 +112,12 @@ class ViTConfig:
             object.__setattr__(self, name, pair(getattr(self, name)))
         if self.ref_feat_shape is not None:
             object.__setattr__(self, "ref_feat_shape", pair(self.ref_feat_shape))
-        object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
+        check_numbers(self, "global_blocks", "blocks by their numbers, such as (2, 5, 8, 11), or () for none")
         for name, allowed in WORDS.items():
             check_choice(name, getattr(self, name), allowed)
         check_least(self, LEAST)
         check_rates(self)
-        if int(self.embed_dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must leave a hidden width of at least 1; got {self.mlp_ratio}: the usual is 4")
+        check_hidden(self, "embed_dim", "mlp_ratio")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")
         self._check_leaves()
