@@ -49,3 +49,11 @@ def test_a_mask_of_another_size_is_named() -> None:
     model = ResNet(embed_dim=8, stem="small", img_size=32, num_classes=3).eval()
     with pytest.raises(ValueError, match=r"mask must be \(B, H, W\) like the images, \(2, 32, 32\); got \(2, 16, 16\)"):
         model(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, 16, dtype=torch.bool))
+
+
+def test_a_step_back_at_48_pixels_is_survived() -> None:
+    """A process would end here, with torch 2.15 on a CPU, if images were laid out channels last."""
+    model = ResNet(img_size=48, embed_dim=8, stem="small", num_classes=10).train()
+    for batch in (1, 2, 3, 4):
+        model(torch.randn(batch, 3, 48, 48)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -89,7 +89,8 @@ class ResNet(ConvNet):
             self.fc = Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
 
     def stem_map(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)  # a CPU pools and convolves it faster
+        if not torch.is_grad_enabled():  # a CPU pools and convolves it faster; backward, torch 2.15 may crash on it
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
     def neck(self, pooled: Tensor) -> Tensor:
