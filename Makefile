@@ -34,6 +34,7 @@ bench: .venv/.bench  ## speed beside timm, torchvision, transformers and vit-pyt
 	$(BIN)/python benchmarks/ceiling.py
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/augmentation.py

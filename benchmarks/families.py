@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +99,17 @@ def memory(row: str, name: str, batch: int) -> float:
     """In a process of its own: megabytes of a pass at its peak, beyond those with weights loaded and one image seen."""
     model = build(row, name)
     size = build_model(row).config.img_size
-    model(torch.randn(1, 3, *size))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model(torch.randn(batch * 4, 3, *size))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    images = torch.randn(batch * 4, 3, *size)
+    model(images[:1])
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew, at what is held
+    before = _kilobytes("VmRSS")
+    model(images)
+    return (_kilobytes("VmHWM") - before) / 1024
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def main() -> None:
