@@ -57,10 +57,9 @@ def _width(config: Any) -> int:
     return max(_numbers(given["embed_dims"] if "embed_dims" in given else given["embed_dim"]))
 
 
-def likely_row(tensors: Mapping[str, Tensor]) -> str:
-    """The row that tensors with our names are for; empty where none fits but for heads, positions and channels."""
-    best = next(iter(likeness(tensors)), None)
-    return best.row if best is not None and best.share == 1 else ""
+def fitting_rows(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Rows that tensors with our names can be of but for heads, positions and channels, the likeliest first."""
+    return [like.row for like in likeness(tensors) if like.share == 1]
 
 
 def _like(row: str, shapes: Shapes) -> Likeness:

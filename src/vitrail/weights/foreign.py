@@ -21,7 +21,7 @@ from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.records import Preprocess
-from vitrail.weights.doctor import likeness
+from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, fetch_from_hub
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import ours
@@ -198,7 +198,7 @@ def model_of_file(
 
 def row_of(file: File) -> str:
     """The row that a file is for: the one that is named beside it, if it can be, else the nearest; or empty."""
-    said, fitting = file.beside.architecture, [like.row for like in likeness(file.tensors) if like.share == 1]
+    said, fitting = file.beside.architecture, fitting_rows(file.tensors)
     if said in ROWS and (said in fitting or file.beside.fields):
         return said
     return fitting[0] if fitting else ""

@@ -14,7 +14,6 @@ Filter = Literal["bilinear", "bicubic"]
 CropMode = Literal["center", "squash"]
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-ZERO = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
