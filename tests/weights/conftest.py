@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from vitrail.folder import FolderError
 from vitrail.models.backbone import Backbone
@@ -25,6 +27,30 @@ from vitrail.weights.read import CheckpointError
 
 LONGEST = 2500
 """characters of a message beside its path"""
+
+
+class Part(nn.Module):
+    """A module that holds whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def nested(state: dict[str, Tensor]) -> nn.Module:
+    """Modules in one another, as dotted names say: whole numbers buffers, others parameters."""
+    root = Part()
+    for name, value in state.items():
+        *path, last = name.split(".")
+        module: nn.Module = root
+        for step in path:
+            if step not in dict(module.named_children()):
+                module.add_module(step, Part())
+            module = module.get_submodule(step)
+        if value.is_floating_point():
+            module.register_parameter(last, nn.Parameter(value))
+        else:
+            module.register_buffer(last, value)
+    return root
 
 
 class Workshop:
@@ -54,6 +80,14 @@ class Workshop:
 
     def legacy(self, held: Any, name: str = "m.tar") -> Path:
         torch.save(held, self.place / name, _use_new_zipfile_serialization=False)
+        return self.place / name
+
+    def torchscript(self, held: dict[str, Tensor] | nn.Module, name: str = "m.pt") -> Path:
+        """Saved by PyTorch itself, which says of all of TorchScript that there are better ways."""
+        module = held if isinstance(held, nn.Module) else nested(held)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.jit.save(torch.jit.script(module), self.place / name)
         return self.place / name
 
     def pickle(self, held: Any, name: str = "m.pkl") -> Path:

@@ -101,6 +101,56 @@ def wide(shop: Any) -> Path:
     return shop.safetensors(shop.state() | {"patch_embed.proj.weight": torch.zeros(12, 0, 200, 200)})
 
 
+def module(*opcodes: bytes) -> Callable[[Any], Path]:
+    """An archive of TorchScript, with a pickle by hand."""
+    made = b"\x80\x02" + b"".join(opcodes) + b"."
+    return lambda shop: shop.archive({"m/data.pkl": made, "m/data/0": bytes(16), "m/constants.pkl": b"\x80\x02)."})
+
+
+def in_itself(names: int) -> bytes:
+    return b"c__torch__\nM\n)\x81q\x00}(" + b"".join(text(f"{'x' * 80}{i}") + b"h\x00" for i in range(names)) + b"ub"
+
+
+def packed_module(shop: Any) -> Path:
+    with zipfile.ZipFile(shop.place / "m.pt", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("m/constants.pkl", b"\x80\x02).")
+        made.writestr("m/data.pkl", b"\x80\x02}.")
+        with made.open("m/data/0", "w") as file:
+            for _ in range(GIGA // 10**7):
+                file.write(bytes(10**6))
+    return shop.place / "m.pt"
+
+
+def of_a_thousand(shop: Any, keys: list[int]) -> Path:
+    """A module of a thousand tensors, each of a megabyte, and one megabyte."""
+    made = b"\x80\x02c__torch__\nM\n)\x81}("
+    for name, key in enumerate(keys):
+        place = (
+            b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu") + number(250_000) + b"tQ"
+        )
+        sizes = number(0) + b"(" + number(250_000) + b"t(" + number(1) + b"t\x89ccollections\nOrderedDict\n)R"
+        made += text(str(name)) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + sizes + b"tR"
+    return shop.archive({"m/data.pkl": made + b"ub.", "m/data/0": bytes(10**6), "m/constants.pkl": b"\x80\x02)."})
+
+
+def one_storage_for_many(shop: Any) -> Path:
+    return of_a_thousand(shop, [0] * 1000)
+
+
+def one_storage_often(shop: Any) -> Path:
+    """A thousand members, all of them the same megabyte of the file."""
+    path = of_a_thousand(shop, list(range(1000)))
+    with zipfile.ZipFile(path, "a") as made:
+        first = made.getinfo("m/data/0")
+        for copy in range(1, 1000):
+            again = zipfile.ZipInfo(f"m/data/{copy}")
+            for name in ("CRC", "compress_size", "file_size", "header_offset", "create_system"):
+                setattr(again, name, getattr(first, name))
+            made.filelist.append(again)
+        made._didModify = True
+    return path
+
+
 def long_index(shop: Any) -> Path:
     folder = shop.shards(shop.state())
     (folder / "model.safetensors.index.json").write_bytes(b"[" * 40_000_000)
@@ -125,6 +175,16 @@ BOMBS: dict[str, Callable[[Any], Path]] = {
     "kernels of huge patches": no_width,
     "kernels of large patches": wide,
     "a long index": long_index,
+    "a module in itself": module(in_itself(1)),
+    "a module in itself, under many names": module(in_itself(15_000)),
+    "a module of two million dicts": module(b"}" * 1_900_000),
+    "a module of half a million lists": module(b"]0" * 900_000),
+    "bytes of a module": module(b"\x96" + struct.pack("<Q", GIGA)),
+    "an integer of a module": module(b"\x8b" + struct.pack("<i", GIGA)),
+    "a memo of a module": module(b"Nr" + struct.pack("<I", 2**32 - 1)),
+    "zeros for a module": packed_module,
+    "one storage a thousand times": one_storage_often,
+    "one storage for a thousand tensors": one_storage_for_many,
 }
 
 

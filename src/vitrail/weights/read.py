@@ -3,8 +3,9 @@
     .safetensors            a header of names, shapes and places, then numbers
     .pth .pt .bin .ckpt     a pickle: its names are looked at, then `torch.load(weights_only=True)` reads it
     .npz                    arrays of numbers; pickles in them are refused
+    TorchScript             the tensors of its modules, by `torchscript`; its code stays shut
     *.index.json            which of several files holds which tensor
-    .pt2, TorchScript       programs: refused
+    .pt2                    a program: refused
 
 What a file is, its first bytes say, not its ending. Before tensors are made, sizes are held against the file's own: a
 header or a compressed archive that promises more than the file can hold is refused.
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from vitrail.folder import MAX_JSON_BYTES, MAX_NAME
 from vitrail.names import printable, shortened
+from vitrail.weights import torchscript
 
 TENSORS = re.compile(
     r"torch (\w+Storage|u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+|per_\w+|Size|device|Tensor)"
@@ -50,8 +52,8 @@ MAX_HEADER = 10_000_000
 """bytes of a safetensors header: some hundred a tensor"""
 MAX_PICKLE = 8_000_000
 """bytes of a pickle, which holds names and settings; numbers lie beside it"""
-PROGRAMS = ("constants.pkl", "archive_format")
-"""what TorchScript and `torch.export` have in their archives, and a state_dict has not"""
+EXPORTED = "archive_format"
+"""what `torch.export` has in its archives, and nobody else"""
 EXPANSION = 20
 """how many times its own bytes an .npz may unpack to: trained weights hardly shrink at all"""
 MOST_TENSORS = 20_000
@@ -81,7 +83,7 @@ class Checkpoint:
 
     path: Path
     kind: str
-    """safetensors, torch, npz or sharded"""
+    """safetensors, torch, torchscript, npz or sharded"""
     tensors: dict[str, Tensor]
     wrappers: tuple[str, ...] = ()
     """what was taken off, outermost first: `model`, `module.` …"""
@@ -135,15 +137,12 @@ def _kind_of_archive(path: Path) -> str:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, its archive has no readable index ({error}): fetch it again") from None
     names = [member.filename for member in members]
-    kind = "npz" if all(name.endswith(".npy") for name in names) else "torch"
-    if kind == "torch" and (program := _program(names)):
-        raise UnsafeCheckpoint(
-            f"{path}: a program ({shortened(program)}), which runs when it is loaded: ask for the weights alone, as "
-            "safetensors or a state_dict"
-        )
+    kind = "npz" if all(name.endswith(".npy") for name in names) else _kind_of_pytorch(path, names)
     if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
         raise CheckpointError(f"{path}: its archive may name no place outside itself; got {shortened(outside[0])}")
-    if kind == "torch" and any(member.compress_type != zipfile.ZIP_STORED for member in members):
+    if kind == "torchscript":
+        members = [member for member in members if not torchscript.is_code(member.filename)]
+    if kind != "npz" and any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointError(f"{path}: a PyTorch file is not compressed, this one is: fetch it again")
     size, promised = path.stat().st_size, sum(member.file_size for member in members)
     if promised > size * (EXPANSION if kind == "npz" else 1):
@@ -151,11 +150,16 @@ def _kind_of_archive(path: Path) -> str:
     return kind
 
 
-def _program(names: list[str]) -> str:
-    """What in an archive is no state_dict; empty where it is one. All lies in one folder, called as the file was."""
-    inside = {name.partition("/")[2]: name for name in names}
-    found = [name for part, name in inside.items() if part.startswith("code/") or part in PROGRAMS]
-    return "" if not found and "data.pkl" in inside else (found or names)[0]
+def _kind_of_pytorch(path: Path, names: list[str]) -> str:
+    """torch or torchscript, which both have a `data.pkl`. Raises `UnsafeCheckpoint` for any other program."""
+    inside = {torchscript.inside(name): name for name in names}
+    if EXPORTED in inside or "data.pkl" not in inside:
+        raise UnsafeCheckpoint(
+            f"{path}: a program ({shortened(inside.get(EXPORTED, names[0]))}), which runs when it is loaded: ask for "
+            "the weights alone, as safetensors or a state_dict"
+        )
+    scripted = torchscript.CONSTANTS in inside or any(map(torchscript.is_code, names))
+    return "torchscript" if scripted else "torch"
 
 
 def _file_of(path: Path) -> Path:
@@ -211,27 +215,43 @@ def _check_names(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.filename.endswith("data.pkl"):
-                if member.file_size > MAX_PICKLE:
-                    raise CheckpointError(
-                        f"{path}: a pickle of names and settings has at most {MAX_PICKLE:,} bytes; got "
-                        f"{member.file_size:,}: save the state_dict alone"
-                    )
-                _check_pickle(path, io.BytesIO(archive.read(member)))
+                _check_pickle(path, io.BytesIO(_pickle(path, archive, member)))
 
 
-def _check_pickle(path: Path, pickled: io.BytesIO) -> None:
+def _pickle(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int = MAX_PICKLE) -> bytes:
+    if member.file_size > most:
+        raise CheckpointError(
+            f"{path}: a pickle of names and settings has at most {most:,} bytes; got {member.file_size:,}: save the "
+            "state_dict alone"
+        )
+    return archive.read(member)
+
+
+def _is_harmless(name: str) -> bool:
+    return bool(TENSORS.fullmatch(name)) or name.replace(" ", ".") in HARMLESS
+
+
+def _check_pickle(path: Path, pickled: io.BytesIO, is_known: Callable[[str], bool] = _is_harmless) -> None:
     texts: deque[object] = deque(maxlen=2)
     for code, value, _ in pickletools.genops(pickled):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             asked = " ".join(map(str, texts)) if value is None else str(value)
             wanted = asked.replace("__builtin__", "builtins")  # Python 2's name, which pickles still have
-            if not TENSORS.fullmatch(wanted) and wanted.replace(" ", ".") not in HARMLESS:
+            if not is_known(wanted):
                 raise UnsafeCheckpoint(
                     f"{path}: its pickle wants {printable(wanted[:100]).replace(' ', '.')}, which could run code; "
                     "nothing was run. Who trusts it loads it elsewhere and saves the state_dict alone"
                 )
         elif "UNICODE" in code.name:
             texts.append(value)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        (member,) = (member for member in archive.infolist() if torchscript.inside(member.filename) == "data.pkl")
+        pickled = _pickle(path, archive, member, torchscript.MOST_BYTES)
+        _check_pickle(path, io.BytesIO(pickled), torchscript.is_known)
+        return torchscript.tensors_of(archive, member.filename.partition("/")[0], pickled)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -286,6 +306,7 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
 READERS: dict[str, Callable[[Path], Any]] = {
     "safetensors": _read_safetensors,
     "torch": _read_torch,
+    "torchscript": _read_torchscript,
     "npz": _read_npz,
     "sharded": _read_sharded,
 }
