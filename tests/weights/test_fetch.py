@@ -146,9 +146,19 @@ def test_a_sum_in_the_name_is_enforced(server: Any, cache: Path):
     right = server.at(f"/w-{SUM[:8]}.pth", whole)
     assert fetch_url(right).read_bytes() == DATA
     wrong = server.at("/w-00000000.pth", whole)
-    with pytest.raises(FetchError, match=rf"sha256 begins {SUM[:8]} and its name says 00000000: it is removed"):
-        fetch_url(wrong)
+    for address in (wrong, f"{wrong}?download=1"):
+        with pytest.raises(FetchError, match=rf"sha256 begins {SUM[:8]}, its address says 00000000: it is removed"):
+            fetch_url(address)
     assert "w-00000000.pth" not in held(cache)
+
+
+def test_a_sum_in_the_folder_of_the_address_is_enforced(server: Any, cache: Path):
+    right = server.at(f"/clip/{SUM}/w.pt", whole)
+    assert fetch_url(f"{right}?download=1").read_bytes() == DATA
+    wrong = server.at(f"/clip/{'0' * 64}/w.pt", whole)
+    with pytest.raises(FetchError, match=rf"sha256 begins {SUM[:8]}, its address says {'0' * 64}: it is removed"):
+        fetch_url(wrong)
+    assert held(cache).count("w.pt") == 1
 
 
 def test_a_file_that_changes_after_it_was_fetched_is_found(server: Any):

@@ -3,8 +3,8 @@
     a hub's repository   by `huggingface_hub`: its cache, its offline mode (HF_HUB_OFFLINE), its tokens
     a URL                streamed to a temporary file beside its place, then renamed: it is there whole or not at all
 
-A checksum is enforced where it is known: from the file's own name, as PyTorch's `name-1a2b3c4d.pth`, or from the first
-time that this machine fetched it, which `name.pth.sha256` beside it records.
+A checksum is enforced where it is known: from the file's own name, as PyTorch's `name-1a2b3c4d.pth`, from the folder
+that it lies in, as OpenAI's, or from the first time that this machine fetched it, which `name.pth.sha256` records.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ CACHE = "VITRAIL_CACHE"
 OFFLINE = "HF_HUB_OFFLINE"
 ADDRESS = re.compile(r"https?://[^/@\s]+/(?:[^?#\s]*/)?(\w[\w.%+=-]{0,199})(?:[?#]\S*)?")
 """of a file with a name, and without a user's"""
+NAMED = re.compile(r"-([0-9a-f]{8,64})\.\w+$|/([0-9a-f]{64})/[^/]+$")
+"""the sha256, or how it begins, in an address"""
 CHUNK = 1 << 20
 MAX_BYTES = 50 * 10**9
 TIMEOUT = 30.0
@@ -135,15 +137,14 @@ def _stream(url: str, answer: http.client.HTTPResponse, file: IO[bytes]) -> None
 
 
 def _check(url: str, place: Path) -> None:
-    """The file's sha256 against its name and against what was recorded when it was first fetched."""
+    """The file's sha256 against its address and against what was recorded when it was first fetched."""
     with place.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", place.name)
-    if named and not digest.startswith(named[1]):
+    found = NAMED.search(url.partition("?")[0].partition("#")[0])
+    named = found[1] or found[2] if found else ""
+    if not digest.startswith(named):
         place.unlink()
-        raise FetchError(
-            f"{url}: its sha256 begins {digest[:8]} and its name says {named[1]}: it is removed; try again"
-        )
+        raise FetchError(f"{url}: its sha256 begins {digest[:8]}, its address says {named}: it is removed; try again")
     record = place.with_name(f"{place.name}.sha256")
     if not record.is_file():
         write_whole(record, digest)
