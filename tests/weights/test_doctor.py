@@ -75,7 +75,7 @@ def test_rows_of_equal_blocks_are_told_apart_by_their_patches():
 def test_what_a_key_map_leaves_out_is_told(tmp_path: Path):
     state = {f"backbone.{name}": value for name, value in build_model("vit_debug", num_classes=0).state_dict().items()}
     torch.save(state | {"head.last_layer.weight_v": torch.zeros(2, 2)}, tmp_path / "dino.pth")
-    assert "of no use here (1): head.last_layer.weight_v" in inspect(tmp_path / "dino.pth")
+    assert "of no use here: the projection head (1): head.last_layer.weight_v" in inspect(tmp_path / "dino.pth")
     assert not any("of no use" in line for line in _told_of_plain(tmp_path))
 
 

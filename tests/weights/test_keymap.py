@@ -24,7 +24,7 @@ MAP = KeyMap(
         Row("net.head.{w}", "head.{w}", form="matrix"),
     ),
     marks=("[net.]token", f"{LAYER}.q.weight"),
-    drop=("net.mask.{w}",),
+    drop={"masks": ("net.mask.{w}",)},
 )
 
 
@@ -125,8 +125,9 @@ def test_what_is_unknown_keeps_its_name_and_what_is_of_no_use_goes():
 
 
 def test_what_is_of_no_use_is_named_and_what_a_row_takes_is_of_use():
-    both = KeyMap("somebody", "vit", MAP.rows, drop=("net.{w}",))
-    assert both.dropped(["net.mask.token", "net.token", "mine"]) == ["net.mask.token"]
+    both = KeyMap("somebody", "vit", MAP.rows, drop={"the net": ("net.{w}",), "doors": ("door.{i}",)})
+    assert both.left_out(["net.mask.token", "net.token", "mine"]) == {"the net": ["net.mask.token"]}
+    assert both.left_out(["door.1", "net.a", "door.2"]) == {"the net": ["net.a"], "doors": ["door.1", "door.2"]}
 
 
 def test_of_dinos_heads_its_projection_goes_and_a_classifier_stays():

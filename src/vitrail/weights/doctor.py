@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, shape_of
-from vitrail.weights.layouts import layout_of, ours
+from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 
@@ -39,8 +39,11 @@ class Likeness(NamedTuple):
     """positions too"""
 
 
-def likeness(tensors: Mapping[str, Tensor]) -> list[Likeness]:
-    """Rows of the registry by how near they are to tensors with our names, the nearest first."""
+def likeness(tensors: Mapping[str, Tensor], favoured: str = "") -> list[Likeness]:
+    """Rows of the registry by how near they are to tensors with our names, the nearest first.
+
+    Of equally near ones those come first that have `favoured` in their names.
+    """
     shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
     widths = {shape[0] for shape in shapes.values() if len(shape) == 1}
     found = []
@@ -48,7 +51,7 @@ def likeness(tensors: Mapping[str, Tensor]) -> list[Likeness]:
         for row, config in FAMILIES[family].variants.items():
             if _width(config) in widths:
                 found.append(_like(row, shapes))
-    return sorted(found, key=lambda like: (-like.share, not like.exact))
+    return sorted(found, key=lambda like: (-like.share, not like.exact, favoured not in like.row))
 
 
 def _width(config: Any) -> int:
@@ -57,9 +60,9 @@ def _width(config: Any) -> int:
     return max(_numbers(given["embed_dims"] if "embed_dims" in given else given["embed_dim"]))
 
 
-def fitting_rows(tensors: Mapping[str, Tensor]) -> list[str]:
+def fitting_rows(tensors: Mapping[str, Tensor], favoured: str = "") -> list[str]:
     """Rows that tensors with our names can be of but for heads, positions and channels, the likeliest first."""
-    return [like.row for like in likeness(tensors) if like.share == 1]
+    return [like.row for like in likeness(tensors, favoured) if like.share == 1]
 
 
 def _like(row: str, shapes: Shapes) -> Likeness:
@@ -122,7 +125,7 @@ def inspect(path: str | Path, model: str | Backbone | None = None, part: str | N
     """
     checkpoint = read_checkpoint(path, part)
     tensors, source = ours(checkpoint.tensors)
-    near = likeness(tensors)
+    near = likeness(tensors, favoured(checkpoint.tensors))
     names = [f"names: {source}'s", *_about_dropped(checkpoint)]
     told = [*_about_file(checkpoint), *names, *_about_network(tensors, near), *_about_sidecar(checkpoint)]
     if model is not None:
@@ -141,9 +144,8 @@ def _about_file(checkpoint: Checkpoint) -> list[str]:
 
 
 def _about_dropped(checkpoint: Checkpoint) -> list[str]:
-    keymap = layout_of(checkpoint.tensors)
-    names = [] if keymap is None else keymap.dropped(checkpoint.tensors)
-    return [f"of no use here ({len(names)}): {first(names, 4)}"] if names else []
+    parts = left_out(checkpoint.tensors).items()
+    return [f"of no use here: {what} ({len(names)}): {first(names, 4)}" for what, names in parts]
 
 
 def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[str]:

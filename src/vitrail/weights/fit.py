@@ -54,7 +54,9 @@ class Report:
     left: list[str] = field(default_factory=list)
     """what was left as it was, because it was asked for: the head"""
     unused: list[str] = field(default_factory=list)
-    """what this package has no use for"""
+    """what the network has no place for: somebody's head"""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """names for which this package has no use, by what they are: the text tower, a decoder"""
 
     def lines(self) -> list[str]:
         """As they are told."""
@@ -62,7 +64,8 @@ class Report:
         told = [f"{self.taken} tensors{names}", *(f"resized {line}" for line in self.resized)]
         told += [f"channels by bands {first(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
-        return told + ([f"not used: {first(self.unused)}"] if self.unused else [])
+        parts = [f"{what} ({len(names)} tensors)" if len(names) > 1 else what for what, names in self.left_out.items()]
+        return told + ([f"not used: {first([*parts, *self.unused])}"] if parts or self.unused else [])
 
 
 def fitted(

@@ -24,7 +24,7 @@ from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, fetch_from_hub
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
-from vitrail.weights.layouts import ours
+from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
@@ -61,6 +61,10 @@ class File(NamedTuple):
     beside: Sidecar
     tables: Mapping[str, PositionTable]
     """what tables of positions were made for, where that is known"""
+    left_out: Mapping[str, Sequence[str]] = {}
+    """its names for which this package has no use, by what they are, in words"""
+    favoured: str = ""
+    """part of the name of the row that is meant where several have its shapes"""
 
 
 def place_of(name: str) -> Place | None:
@@ -105,7 +109,8 @@ def read_file(path: Path, part: str | None = None) -> File:
     tensors, source = ours(checkpoint.tensors)
     renamed = len(tensors.keys() - checkpoint.tensors.keys())
     tables = saved_tables(path.parent, beside.card, tensors) if beside.card and path.name == WEIGHTS else {}
-    return File(str(checkpoint.path), tensors, source, renamed, beside, tables)
+    spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
+    return File(str(checkpoint.path), tensors, source, renamed, beside, tables, spare, row)
 
 
 def put_in(
@@ -118,7 +123,7 @@ def put_in(
     rest: Rest = "mean",
 ) -> Report:
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
-    report = Report(source=file.source, renamed=file.renamed)
+    report = Report(source=file.source, renamed=file.renamed, left_out=file.left_out)
     check_said(model, file)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest
@@ -198,7 +203,7 @@ def model_of_file(
 
 def row_of(file: File) -> str:
     """The row that a file is for: the one that is named beside it, if it can be, else the nearest; or empty."""
-    said, fitting = file.beside.architecture, fitting_rows(file.tensors)
+    said, fitting = file.beside.architecture, fitting_rows(file.tensors, file.favoured)
     if said in ROWS and (said in fitting or file.beside.fields):
         return said
     return fitting[0] if fitting else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -67,8 +67,10 @@ class KeyMap:
     rows: tuple[Row, ...]
     marks: tuple[str, ...] = ()
     """names, as in `Row.theirs`, that tell this layout from every other: each is there"""
-    drop: tuple[str, ...] = ()
-    """patterns of their names for which this package has no use: derived tables, decoders, projection heads"""
+    drop: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """what this package has no use for, in words -> patterns of their names"""
+    favours: str = ""
+    """part of the name of the row that is meant where several have the shapes: what no shape shows"""
     after: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     """what names alone cannot say, done to the tensors under our names"""
 
@@ -77,14 +79,12 @@ class KeyMap:
         names = list(names)
         return bool(self.marks) and all(any(_match(mark, name) is not None for name in names) for mark in self.marks)
 
-    def dropped(self, names: Iterable[str]) -> list[str]:
-        """Those of their names for which this package has no use."""
-        rows = [row.theirs for row in self.rows]
-
-        def is_in(templates: Iterable[str], name: str) -> bool:
-            return any(_match(template, name) is not None for template in templates)
-
-        return [name for name in names if is_in(self.drop, name) and not is_in(rows, name)]
+    def left_out(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Those of their names for which this package has no use, by what they are, in words."""
+        used = [row.theirs for row in self.rows]
+        rest = [name for name in names if not _is_in(used, name)]
+        found = {what: [name for name in rest if _is_in(patterns, name)] for what, patterns in self.drop.items()}
+        return {what: inside for what, inside in found.items() if inside}
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors by our names, pieces put together; what neither `rows` nor `drop` know keeps its name.
@@ -97,7 +97,7 @@ class KeyMap:
             found = [(row, holes) for row in self.rows if (holes := _match(row.theirs, name)) is not None]
             for row, holes in found:
                 pieces.setdefault(_fill(row.ours, holes), []).append((row, name, tensor))
-            if not found and not self.dropped([name]):
+            if not found and not self.left_out([name]):
                 made[name] = tensor
         for ours, found_pieces in pieces.items():
             made |= _joined(ours, found_pieces)
@@ -161,6 +161,10 @@ def _match(template: str, name: str) -> dict[str, str | int] | None:
         if filled.setdefault(hole, value) != value:
             return None
     return filled
+
+
+def _is_in(templates: Iterable[str], name: str) -> bool:
+    return any(_match(template, name) is not None for template in templates)
 
 
 def _fill(template: str, holes: Mapping[str, str | int]) -> str:

@@ -21,6 +21,18 @@ def layout_of(tensors: Mapping[str, Tensor]) -> KeyMap | None:
     return max(known, key=lambda keymap: len(keymap.marks), default=None)
 
 
+def left_out(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names for which this package has no use, by what they are, in words."""
+    keymap = layout_of(tensors)
+    return {} if keymap is None else keymap.left_out(tensors)
+
+
+def favoured(tensors: Mapping[str, Tensor]) -> str:
+    """Part of the name of the row that is meant where several have the shapes; empty where any is."""
+    keymap = layout_of(tensors)
+    return "" if keymap is None else keymap.favours
+
+
 def ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Tensors by our names, and whose names they had."""
     keymap = layout_of(tensors)

@@ -30,6 +30,6 @@ TRANSFORMERS = KeyMap(
         f"{LAYER}.attention.attention.query.weight",
         "[deit.]embeddings.cls_token",
     ),
-    drop=("[deit.]pooler.dense.{w}", "[deit.]embeddings.mask_token"),
+    drop={"the pooler": ("[deit.]pooler.dense.{w}",), "the mask token": ("[deit.]embeddings.mask_token",)},
 )
 KEYMAPS = (TRANSFORMERS,)

@@ -1,7 +1,8 @@
-"""Names of encoders: transformers' DINOv2, DINOv3, SigLIP, CLIP, BEiT; OpenAI's CLIP; Meta's DINOv2 and DINOv3.
+"""Names of encoders: transformers' DINOv2, DINOv3, SigLIP, CLIP, BEiT; OpenAI's, Meta's and Microsoft's own files.
 
 DINOv2 adds the class token's position to it before the registers come between; here (as in timm) that sum is the class
-token, and positions are those of patches alone.
+token, and positions are those of patches alone. BEiT is pretrained with one table of biases for all blocks; here each
+has its own, and they begin alike.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ def _heads(*theirs: str) -> tuple[Row, ...]:
     return tuple(Row(name, "blocks.{i}.attn.qkv.{w}", (k, 3)) for k, name in enumerate(theirs))
 
 
+def _shared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The one table of biases, in every block."""
+    made = dict(tensors)
+    table = made.pop("rel_pos_bias.relative_position_bias_table")
+    blocks = [name.removesuffix("gamma_1") for name in tensors if name.endswith(".gamma_1")]
+    return made | {f"{block}attn.relative_position_bias_table": table for block in blocks}
+
+
 def _plain_mlp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where there is no gate, what DINOv3's `up_proj` names is the first layer."""
     if any(".fc1_g." in name for name in tensors):
@@ -31,6 +40,8 @@ def _plain_mlp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".fc1_x.", ".fc1."): tensor for name, tensor in tensors.items()}
 
 
+MASK, TEXT, DERIVED = "the mask token", "the text tower", "tables that are made anew"
+"""what encoders hold besides"""
 ROOT = "[dinov2.][dinov2_with_registers.]"
 V2 = f"{ROOT}encoder.layer.{{i}}"
 DINOV2 = KeyMap(
@@ -54,19 +65,45 @@ DINOV2 = KeyMap(
         Row(f"{ROOT}layernorm.{{w}}", "norm.{w}"),
     ),
     marks=(f"{V2}.layer_scale1.lambda1", f"{V2}.norm1.weight", f"{V2}.attention.attention.query.weight"),
-    drop=(f"{ROOT}embeddings.mask_token",),
+    drop={MASK: (f"{ROOT}embeddings.mask_token",)},
     after=_folded,
 )
+TEACHER = "[backbone.]"
+"""in the training checkpoints of Meta's, before all names but those of heads"""
+META_BLOCK = f"{TEACHER}blocks.{{i}}"
+
+
+def _meta_rows() -> tuple[Row, ...]:
+    """What Meta's DINOv2 and DINOv3 have in common."""
+    return (
+        Row(f"{TEACHER}cls_token", "cls_token"),
+        Row(f"{TEACHER}patch_embed.{{w}}", "patch_embed.{w}"),
+        Row(f"{META_BLOCK}.norm1.{{w}}", "blocks.{i}.norm1.{w}"),
+        Row(f"{META_BLOCK}.norm2.{{w}}", "blocks.{i}.norm2.{w}"),
+        Row(f"{META_BLOCK}.attn.qkv.weight", "blocks.{i}.attn.qkv.weight"),
+        Row(f"{META_BLOCK}.attn.proj.{{w}}", "blocks.{i}.attn.proj.{w}"),
+        Row(f"{META_BLOCK}.mlp.fc1.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{META_BLOCK}.mlp.fc2.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
+        Row(f"{TEACHER}norm.{{w}}", "norm.{w}"),
+    )
+
+
+META_BESIDE = {MASK: (f"{TEACHER}mask_token",), "projection heads": ("dino_head.{w}", "ibot_head.{w}")}
 META_DINOV2 = KeyMap(
     source="Meta's DINOv2",
     family="vit",
     rows=(
-        Row("register_tokens", "reg_token"),
-        Row("blocks.{i}.mlp.w12.{w}", "blocks.{i}.mlp.fc1.{w}"),
-        Row("blocks.{i}.mlp.w3.{w}", "blocks.{i}.mlp.fc2.{w}"),
+        *_meta_rows(),
+        Row(f"{TEACHER}pos_embed", "pos_embed"),
+        Row(f"{TEACHER}register_tokens", "reg_token"),
+        Row(f"{META_BLOCK}.attn.qkv.bias", "blocks.{i}.attn.qkv.bias"),
+        Row(f"{META_BLOCK}.ls1.gamma", "blocks.{i}.ls1.gamma"),
+        Row(f"{META_BLOCK}.ls2.gamma", "blocks.{i}.ls2.gamma"),
+        Row(f"{META_BLOCK}.mlp.w12.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
+        Row(f"{META_BLOCK}.mlp.w3.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
     ),
-    marks=("mask_token", "blocks.{i}.ls1.gamma", "pos_embed"),
-    drop=("mask_token",),
+    marks=(f"{TEACHER}mask_token", f"{META_BLOCK}.ls1.gamma", f"{TEACHER}pos_embed"),
+    drop=META_BESIDE,
     after=_folded,
 )
 DINOV3 = KeyMap(
@@ -92,24 +129,29 @@ DINOV3 = KeyMap(
         Row("[model.]norm.{w}", "norm.{w}"),
     ),
     marks=("[model.]layer.{i}.layer_scale1.lambda1", "[model.]layer.{i}.attention.q_proj.weight"),
-    drop=("[model.]embeddings.mask_token",),
+    drop={MASK: ("[model.]embeddings.mask_token",)},
     after=_plain_mlp,
 )
 META_DINOV3 = KeyMap(
     source="Meta's DINOv3",
     family="eva",
     rows=(
-        Row("storage_tokens", "reg_token"),
-        Row("blocks.{i}.attn.qkv.bias", "blocks.{i}.attn.q_bias", form="first third"),
-        Row("blocks.{i}.attn.qkv.bias", "blocks.{i}.attn.v_bias", form="last third"),
-        Row("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
-        Row("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
-        Row("blocks.{i}.mlp.w1.{w}", "blocks.{i}.mlp.fc1_g.{w}"),
-        Row("blocks.{i}.mlp.w2.{w}", "blocks.{i}.mlp.fc1_x.{w}"),
-        Row("blocks.{i}.mlp.w3.{w}", "blocks.{i}.mlp.fc2.{w}"),
+        *_meta_rows(),
+        Row(f"{TEACHER}storage_tokens", "reg_token"),
+        Row(f"{META_BLOCK}.attn.qkv.bias", "blocks.{i}.attn.q_bias", form="first third"),
+        Row(f"{META_BLOCK}.attn.qkv.bias", "blocks.{i}.attn.v_bias", form="last third"),
+        Row(f"{META_BLOCK}.ls1.gamma", "blocks.{i}.gamma_1"),
+        Row(f"{META_BLOCK}.ls2.gamma", "blocks.{i}.gamma_2"),
+        Row(f"{META_BLOCK}.mlp.w1.{{w}}", "blocks.{i}.mlp.fc1_g.{w}"),
+        Row(f"{META_BLOCK}.mlp.w2.{{w}}", "blocks.{i}.mlp.fc1_x.{w}"),
+        Row(f"{META_BLOCK}.mlp.w3.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
     ),
-    marks=("storage_tokens", "blocks.{i}.attn.qkv.weight"),
-    drop=("mask_token", "rope_embed.periods", "blocks.{i}.attn.qkv.bias_mask", "local_cls_norm.{w}"),
+    marks=(f"{TEACHER}storage_tokens", f"{META_BLOCK}.ls1.gamma", f"{META_BLOCK}.attn.qkv.weight"),
+    drop={
+        **META_BESIDE,
+        DERIVED: (f"{TEACHER}rope_embed.periods", f"{META_BLOCK}.attn.qkv.bias_mask"),
+        "the norm of small crops": (f"{TEACHER}local_cls_norm.{{w}}",),
+    },
 )
 CLIP_LAYER = "[vision_model.]encoder.layers.{i}"
 
@@ -129,8 +171,10 @@ def _clip_blocks() -> tuple[Row, ...]:
     )
 
 
-OTHER_TOWER = ("text_model.{w}", "text_projection.{w}", "logit_scale", "logit_bias")
-POSITION_IDS = "[vision_model.]embeddings.position_ids"
+CLIP_BESIDE = {
+    TEXT: ("text_model.{w}", "text_projection.{w}", "logit_scale", "logit_bias"),
+    DERIVED: ("[vision_model.]embeddings.position_ids",),
+}
 CLIP = KeyMap(
     source="transformers' CLIP",
     family="vit",
@@ -142,7 +186,7 @@ CLIP = KeyMap(
         Row("visual_projection.weight", "head.bias", form="zeros"),
     ),
     marks=("[vision_model.]pre_layrnorm.weight", f"{CLIP_LAYER}.self_attn.q_proj.weight"),
-    drop=(*OTHER_TOWER, POSITION_IDS),
+    drop=CLIP_BESIDE,
 )
 SIGLIP = KeyMap(
     source="transformers' SigLIP",
@@ -157,7 +201,7 @@ SIGLIP = KeyMap(
         Row("[vision_model.]head.mlp.{w}", "attn_pool.mlp.{w}"),
     ),
     marks=("[vision_model.]head.probe", f"{CLIP_LAYER}.self_attn.q_proj.weight"),
-    drop=(*OTHER_TOWER, POSITION_IDS),
+    drop=CLIP_BESIDE,
 )
 RESBLOCK = "visual.transformer.resblocks.{i}"
 OPEN_CLIP = KeyMap(
@@ -179,11 +223,21 @@ OPEN_CLIP = KeyMap(
         Row("visual.proj", "head.bias", form="zeros of columns"),
     ),
     marks=("visual.class_embedding", "visual.ln_pre.weight"),
-    drop=(
-        "transformer.{w}", "token_embedding.{w}", "positional_embedding", "ln_final.{w}", "text_projection",
-        "logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size",
-    ),
+    drop={
+        TEXT: (
+            "transformer.{w}", "token_embedding.{w}", "positional_embedding", "ln_final.{w}", "text_projection",
+            "logit_scale", "logit_bias",
+        ),
+    },
 )  # fmt: skip
+OPENAI_CLIP = KeyMap(
+    source="OpenAI's CLIP",
+    family="vit",
+    rows=OPEN_CLIP.rows,
+    marks=(*OPEN_CLIP.marks, "input_resolution"),
+    drop={**OPEN_CLIP.drop, "sizes": ("input_resolution", "context_length", "vocab_size")},
+    favours="quickgelu",
+)
 BEIT_LAYER = "[beit.]encoder.layer.{i}"
 BEIT = KeyMap(
     source="transformers",
@@ -213,16 +267,32 @@ BEIT = KeyMap(
         Row("classifier.{w}", "head.{w}"),
     ),
     marks=(f"{BEIT_LAYER}.lambda_1", f"{BEIT_LAYER}.lambda_2", f"{BEIT_LAYER}.attention.attention.query.bias"),
-    drop=(
-        "[beit.]embeddings.mask_token",
-        f"{BEIT_LAYER}.attention.attention.relative_position_bias.relative_position_index",
-    ),
+    drop={
+        MASK: ("[beit.]embeddings.mask_token",),
+        DERIVED: (f"{BEIT_LAYER}.attention.attention.relative_position_bias.relative_position_index",),
+    },
 )
 MICROSOFT_BEIT = KeyMap(
     source="Microsoft's BEiT",
     family="beit",
     rows=(),
     marks=("blocks.{i}.attn.relative_position_index", "blocks.{i}.gamma_1"),
-    drop=("blocks.{i}.attn.relative_position_index", "mask_token"),
+    drop={MASK: ("mask_token",), DERIVED: ("blocks.{i}.attn.relative_position_index",)},
 )
-KEYMAPS = (DINOV2, META_DINOV2, DINOV3, META_DINOV3, CLIP, SIGLIP, OPEN_CLIP, BEIT, MICROSOFT_BEIT)
+MICROSOFT_PRETRAINED = KeyMap(
+    source="Microsoft's BEiT",
+    family="beit",
+    rows=(),
+    marks=("rel_pos_bias.relative_position_bias_table", "blocks.{i}.gamma_1"),
+    drop={
+        MASK: ("mask_token",),
+        DERIVED: ("rel_pos_bias.relative_position_index",),
+        "the head that guesses tokens": ("lm_head.{w}",),
+        "layers for the class token alone": ("cls_pt_{w}",),
+    },
+    after=_shared,
+)
+KEYMAPS = (
+    DINOV2, META_DINOV2, DINOV3, META_DINOV3, CLIP, SIGLIP, OPEN_CLIP, OPENAI_CLIP, BEIT, MICROSOFT_BEIT,
+    MICROSOFT_PRETRAINED,
+)  # fmt: skip

@@ -15,7 +15,12 @@ AUTHORS = KeyMap(
         Row("head.{w}", "head.fc.{w}"),
     ),
     marks=("layers.0.downsample.reduction.weight", "layers.{i}.blocks.{j}.attn.relative_position_bias_table"),
-    drop=("layers.{i}.blocks.{j}.attn_mask", "layers.{i}.blocks.{j}.attn.relative_position_index"),
+    drop={
+        "tables that are made anew": (
+            "layers.{i}.blocks.{j}.attn_mask",
+            "layers.{i}.blocks.{j}.attn.relative_position_index",
+        )
+    },
 )
 STAGE = "features.{i*2+1}.{j}"
 BLOCK = "layers.{i}.blocks.{j}"
@@ -38,7 +43,7 @@ TORCHVISION = KeyMap(
         Row("head.{w}", "head.fc.{w}"),
     ),
     marks=("features.0.0.weight", f"{STAGE}.attn.relative_position_bias_table", f"{STAGE}.mlp.0.weight"),
-    drop=(f"{STAGE}.attn.relative_position_index",),
+    drop={"tables that are made anew": (f"{STAGE}.attn.relative_position_index",)},
 )
 LAYER = "[swin.]encoder.layers.{i}.blocks.{j}"
 TRANSFORMERS = KeyMap(
@@ -61,6 +66,9 @@ TRANSFORMERS = KeyMap(
         Row("classifier.{w}", "head.fc.{w}"),
     ),
     marks=("[swin.]embeddings.norm.weight", f"{LAYER}.attention.self.relative_position_bias_table"),
-    drop=(f"{LAYER}.attention.self.relative_position_index", "[swin.]embeddings.mask_token"),
+    drop={
+        "tables that are made anew": (f"{LAYER}.attention.self.relative_position_index",),
+        "the mask token": ("[swin.]embeddings.mask_token",),
+    },
 )
 KEYMAPS = (AUTHORS, TORCHVISION, TRANSFORMERS)

@@ -24,7 +24,7 @@ TRANSFORMERS = KeyMap(
         Row("classifier.{w}", "head.{w}"),
     ),
     marks=("[vit.]embeddings.cls_token", f"{LAYER}.attention.attention.query.weight"),
-    drop=("[vit.]pooler.dense.{w}", "[vit.]embeddings.mask_token"),
+    drop={"the pooler": ("[vit.]pooler.dense.{w}",), "the mask token": ("[vit.]embeddings.mask_token",)},
 )
 ENCODER = "encoder.layers.encoder_layer_{i}"
 TORCHVISION = KeyMap(
@@ -79,20 +79,20 @@ GOOGLE = KeyMap(
         Row("[opt/target/]head/bias", "head.bias"),
     ),
     marks=("[opt/target/]embedding/kernel", f"{BLOCK}/LayerNorm_0/scale"),
-    drop=("[opt/target/]pre_logits/{w}",),
+    drop={"the layer before its head": ("[opt/target/]pre_logits/{w}",)},
 )
 MAE = KeyMap(
     source="MAE",
     family="vit",
     rows=(),
     marks=("decoder_pos_embed", "mask_token", "blocks.{i}.attn.qkv.weight"),
-    drop=("decoder_{w}", "mask_token"),
+    drop={"the decoder": ("decoder_{w}",), "the mask token": ("mask_token",)},
 )
 DINO = KeyMap(
     source="DINO",
     family="vit",
     rows=(Row("backbone.{w}", "{w}"),),
     marks=("backbone.blocks.{i}.attn.qkv.weight",),
-    drop=("head.mlp.{w}", "head.last_layer.{w}"),  # its projection; a classifier of one's own is head.weight
+    drop={"the projection head": ("head.mlp.{w}", "head.last_layer.{w}")},  # a classifier of one's own is head.weight
 )
 KEYMAPS = (TRANSFORMERS, TORCHVISION, GOOGLE, MAE, DINO)
