@@ -1,7 +1,7 @@
 """A network written as other libraries write theirs, so that their own readers open it.
 
     timm            config.json (architecture, model_args, pretrained_cfg): timm.create_model("local-dir:…")
-    transformers    config.json, preprocessor_config.json: AutoModelForImageClassification.from_pretrained
+    transformers    config.json, preprocessor_config.json: from_pretrained of the class that config.json names
 
 Names go through the key maps, backwards; numbers are not touched, so that a round trip is exact. A family that a
 library does not have cannot be written for it.
@@ -13,19 +13,21 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from vitrail.folder import CONFIG, WEIGHTS, FolderError, save_tensors, whole_folder
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
-from vitrail.weights.keymap import KeyMap
-from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
 from vitrail.weights.sources import SOURCES
 from vitrail.weights.transformers_configs import CONFIGS
+from vitrail.weights.transformers_names import to_transformers
 
 PILLOW = {name: int(number) for number, name in RESAMPLING.items()}
 TIMM = {
@@ -97,7 +99,7 @@ def _timm(model: Backbone, path: Path) -> Path:
         "pretrained_cfg": _pretrained_cfg(model),
         "model_args": {name: value for name, value in changed.items() if name in ARGS[model.family]},
     }
-    return _write(model, path, {CONFIG: said}, None)
+    return _write(model, path, {CONFIG: said}, dict)
 
 
 def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
@@ -116,8 +118,7 @@ def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
 
 
 def _transformers(model: Backbone, path: Path) -> Path:
-    keymap = next((k for k in KEYMAPS if k.source == "transformers" and k.family == model.family), None)
-    if keymap is None or model.family not in CONFIGS:
+    if model.family not in CONFIGS:
         raise ValueError(f"transformers has no {model.family} of these names: write it as timm or vitrail do")
     names = dict(enumerate(model.classes or [f"LABEL_{i}" for i in range(model.num_classes)]))
     said = CONFIGS[model.family](model.config) | {
@@ -137,7 +138,7 @@ def _transformers(model: Backbone, path: Path) -> Path:
         "image_mean": list(p.mean),
         "image_std": list(p.std),
     }
-    return _write(model, path, {CONFIG: said, PROCESSOR: processor}, keymap)
+    return _write(model, path, {CONFIG: said, PROCESSOR: processor}, partial(to_transformers, said["model_type"]))
 
 
 def _known(model: Backbone, library: str) -> Preprocess:
@@ -169,10 +170,16 @@ def _crop(p: Preprocess) -> dict[str, Any]:
     return {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}
 
 
-def _write(model: Backbone, path: Path, said: Mapping[str, dict[str, Any]], keymap: KeyMap | None) -> Path:
-    state = {name: value.detach().cpu().contiguous() for name, value in model.plain_state().items()}
+def _write(
+    model: Backbone,
+    path: Path,
+    said: Mapping[str, dict[str, Any]],
+    named: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Path:
+    """`named` gives the tensors the names that the folder's reader knows."""
+    tensors = named({name: value.detach().cpu().contiguous() for name, value in model.plain_state().items()})
     with whole_folder(path) as fresh:
-        save_tensors(state if keymap is None else keymap.to_theirs(state), fresh / WEIGHTS)
+        save_tensors(tensors, fresh / WEIGHTS)
         for name, values in said.items():
             (fresh / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path

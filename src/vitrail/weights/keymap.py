@@ -27,6 +27,13 @@ def _conv(x: Tensor) -> Tensor:
     return x.permute(3, 2, 0, 1)
 
 
+def _class_half(x: Tensor) -> Tensor:
+    classes, patches = x.chunk(2, dim=1)
+    if patches.any():
+        raise ValueError("a head that reads the mean of the patches too")
+    return classes
+
+
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "same": lambda x: x,
     "matrix": lambda x: x.transpose(0, 1),  # (in, out) -> (out, in)
@@ -41,10 +48,21 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "last third": lambda x: x[2 * len(x) // 3 :],
     "zeros": lambda x: x.new_zeros(len(x)),  # a matrix that has no bias there -> the bias it has here
     "zeros of columns": lambda x: x.new_zeros(x.shape[1]),
+    "class half": _class_half,  # of a head that reads class token and mean of patches, (K, 2 C) -> (K, C)
 }
 """their layout -> ours"""
-BACK: dict[str, Callable[[Tensor], Tensor]] = {"same": FORMS["same"], "matrix": FORMS["matrix"]}
+BACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "same": FORMS["same"],
+    "matrix": FORMS["matrix"],
+    "token": lambda x: x.flatten(),
+    "table": lambda x: x[0],
+    "first third": FORMS["same"],  # tensors of ours that are one of theirs are joined in the order of their rows
+    "last thirds": FORMS["same"],
+    "class half": lambda x: torch.cat([x, torch.zeros_like(x)], dim=1),
+}
 """our layout -> theirs, where that needs no more than the tensor"""
+NOWHERE = ("zeros",)
+"""forms of what they do not have: it must be zero to be written"""
 
 
 class Row(NamedTuple):
@@ -107,17 +125,41 @@ class KeyMap:
             return made
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors by their names, the first where there are several, in pieces. What is unknown keeps its own."""
+        """Our tensors by their names, the first where there are several, in pieces. What is unknown keeps its own.
+
+        Raises `ValueError` for a tensor that they do not have, unless it is zero.
+        """
         made: dict[str, Tensor] = {}
+        pieces: dict[str, list[tuple[int, Tensor]]] = {}
         for name, tensor in tensors.items():
-            found: dict[tuple[int, int], str] = {}
-            for row in self.rows:
-                if (holes := _match(row.ours, name)) is not None and row.part not in found:
-                    found[row.part] = _fill(row.theirs, holes)
-                    made[found[row.part]] = BACK[row.form](tensor.chunk(row.part[1])[row.part[0]]).contiguous()
+            found: set[tuple[int, int]] = set()
+            for number, row in enumerate(self.rows):
+                holes = _match(row.ours, name)
+                if holes is None or row.part in found:
+                    continue
+                found.add(row.part)
+                if row.form in NOWHERE:
+                    self._check_zero(name, tensor)
+                else:
+                    piece = BACK[row.form](tensor.chunk(row.part[1])[row.part[0]])
+                    pieces.setdefault(_fill(row.theirs, holes), []).append((number, piece))
             if not found:
                 made[name] = tensor
-        return made
+        return made | {name: _in_order(found_pieces) for name, found_pieces in pieces.items()}
+
+    def _check_zero(self, name: str, tensor: Tensor) -> None:
+        if tensor.any():
+            raise ValueError(
+                f"{self.source} has no {name}, and here it is not zero: make it zero, leave the head out with "
+                "reset_classifier(0), or write this network as timm or vitrail do"
+            )
+
+
+def _in_order(pieces: list[tuple[int, Tensor]]) -> Tensor:
+    """One tensor of theirs from those of ours, in the order of their rows."""
+    if len(pieces) == 1:
+        return pieces[0][1].contiguous()
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
 def _joined(ours: str, pieces: list[tuple[Row, str, Tensor]]) -> dict[str, Tensor]:
@@ -129,7 +171,7 @@ def _joined(ours: str, pieces: list[tuple[Row, str, Tensor]]) -> dict[str, Tenso
     try:
         formed = [FORMS[row.form](tensor) for row, _, tensor in pieces]
         return {ours: torch.cat(formed) if n > 1 else formed[0]}
-    except (RuntimeError, IndexError):  # shapes that this layout does not have, or that do not go together
+    except (RuntimeError, IndexError, ValueError):  # what this layout does not have, or does not go together
         return {f"{name} (no piece of {ours})": tensor for _, name, tensor in pieces}
 
 

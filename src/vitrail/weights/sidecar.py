@@ -117,6 +117,8 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     fields |= _fields({"num_heads": config.get("num_attention_heads", config.get("num_heads"))})
     if config.get("hidden_act") in ACTIVATIONS.values():
         fields["act"] = next(ours for ours, theirs in ACTIVATIONS.items() if theirs == config["hidden_act"])
+    if config.get("use_swiglu_ffn") is True:  # DINOv2's gated layers, whatever else is said
+        fields["act"] = "silu"
     prepared = _preprocess(given) if _scales_as_here(processor) else None
     return Sidecar(prepared, _classes(ordered), kind, fields)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
 from vitrail.layers.embed import pair
 from vitrail.models.vit_config import ViTConfig
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
+ELSEWHERE = "write this network as timm or vitrail do"
 
 SAID = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
@@ -19,27 +26,157 @@ SAID = {
 """fields of a ViT that its `config.json` says, or that change no answer of a trained network"""
 
 
+def _isotropic(c: Any) -> dict[str, Any]:
+    """A plain Vision Transformer, or the encoder of others that its config makes of it."""
+    return next((write for is_it, write in ENCODERS if is_it(c)), _vit)(c)
+
+
 def _vit(c: Any) -> dict[str, Any]:
-    plain = ViTConfig()
-    for name in (f.name for f in fields(plain) if f.name not in SAID):
-        if getattr(c, name) != getattr(plain, name):
-            raise ValueError(
-                f"transformers' ViT knows no {name}={getattr(c, name)!r}: write this network as timm or vitrail do"
-            )
-    return {
+    return _plain(c, "ViT") | {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
+        "intermediate_size": _hidden(c),
+        "qkv_bias": c.qkv_bias,
+    }
+
+
+def _plain(c: Any, whose: str, free: Sequence[str] = (), **must: Any) -> dict[str, Any]:
+    """What all isotropic networks say alike; the fields that are not `SAID` or `free` must be a plain ViT's, or `must`.
+
+    Raises `ValueError` with the first that is not.
+    """
+    plain = ViTConfig()
+    for name in (f.name for f in fields(plain) if f.name in must or f.name not in {*SAID, *free}):
+        if getattr(c, name) != must.get(name, getattr(plain, name)):
+            raise ValueError(f"transformers' {whose} knows no {name}={getattr(c, name)!r}: {ELSEWHERE}")
+    return {
         "hidden_size": c.embed_dim,
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.num_heads,
-        "intermediate_size": int(c.embed_dim * c.mlp_ratio),
         "hidden_act": ACTIVATIONS[c.act],
         "layer_norm_eps": c.norm_eps,
         "image_size": _square(c.img_size),
         "patch_size": _square(c.patch_size),
         "num_channels": c.in_chans,
-        "qkv_bias": c.qkv_bias,
     }
+
+
+def _hidden(c: Any) -> int:
+    return int(c.embed_dim * c.mlp_ratio)
+
+
+def _dinov2(c: Any) -> dict[str, Any]:
+    """Its own head reads the class token beside the mean of patches: a head here leaves the second half zero."""
+    gated, registers = c.mlp == "swiglu_packed", c.reg_tokens > 0
+    _check_square(c, "DINOv2")
+    said = _plain(
+        c, "DINOv2", ("init_values", "reg_tokens"),
+        no_embed_class=registers, mlp="swiglu_packed" if gated else "mlp",
+    )  # fmt: skip
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    return said | {
+        "architectures": [f"{kind}ForImageClassification" if c.num_classes else f"{kind}Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "mlp_ratio": _whole_ratio(c, gated),
+        "use_swiglu_ffn": gated,
+        "qkv_bias": c.qkv_bias,
+        "layerscale_value": c.init_values,
+        **({"num_register_tokens": c.reg_tokens} if registers else {"use_mask_token": False}),
+    }
+
+
+def _whole_ratio(c: Any, gated: bool) -> int:
+    """DINOv2's `mlp_ratio`, a whole number; a gated layer has two thirds of that width, rounded up to eights."""
+    width = _hidden(c) // 2 if gated else _hidden(c)
+    ratio = round(width * (1.5 if gated else 1) / c.embed_dim)
+    made = ratio * c.embed_dim
+    if width != ((int(made * 2 / 3) + 7) // 8 * 8 if gated else made):
+        raise ValueError(
+            f"transformers' DINOv2 has hidden layers by a whole mlp_ratio; this network's are {width} wide for "
+            f"embed_dim {c.embed_dim}: {ELSEWHERE}"
+        )
+    return ratio
+
+
+def _clip(c: Any) -> dict[str, Any]:
+    """A head is its projection, which has no bias."""
+    _check_square(c, "CLIP")
+    return _plain(c, "CLIP", pre_norm=True, qkv_bias=True) | {
+        "architectures": ["CLIPVisionModelWithProjection" if c.num_classes else "CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "intermediate_size": _hidden(c),
+        "projection_dim": c.num_classes,
+    }
+
+
+def _siglip(c: Any) -> dict[str, Any]:
+    _check_square(c, "SigLIP")
+    _check_headless(c, "SigLIP")
+    return _plain(c, "SigLIP", class_token=False, global_pool="map", qkv_bias=True) | {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "intermediate_size": _hidden(c),
+    }
+
+
+def _beit(c: Any) -> dict[str, Any]:
+    _check_square(c, "BEiT")
+    _check_scaled(c, "BEiT")
+    said = _plain(c, "BEiT", ("init_values", "global_pool"), pos_embed="none", rel_pos_bias=True, qkv_bias=True)
+    return said | {
+        "architectures": ["BeitForImageClassification" if c.num_classes else "BeitModel"],
+        "model_type": "beit",
+        "intermediate_size": _hidden(c),
+        "use_relative_position_bias": True,
+        "use_mean_pooling": c.global_pool == "avg",
+        "layer_scale_init_value": c.init_values or 1.0,  # 0 would leave LayerScale out
+    }
+
+
+def _dinov3(c: Any) -> dict[str, Any]:
+    """What it pools, no file of its says: there it is the class token, in rows here the mean of patches."""
+    if c.rope != "dinov3":
+        raise ValueError(f"transformers has no EVA-02 (rope={c.rope!r}): {ELSEWHERE}")
+    _check_headless(c, "DINOv3")
+    _check_scaled(c, "DINOv3")
+    if not c.reg_tokens:
+        raise ValueError(f"transformers' DINOv3 has register tokens, and this network none (reg_tokens=0): {ELSEWHERE}")
+    gated = c.mlp == "swiglu"
+    said = _plain(
+        c, "DINOv3", ("init_values", "reg_tokens", "global_pool"),
+        pos_embed="none", rope="dinov3", fc_norm=False, mlp="swiglu" if gated else "mlp",
+    )  # fmt: skip
+    return said | {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "intermediate_size": _hidden(c),
+        "use_gated_mlp": gated,
+        "query_bias": c.qkv_bias,
+        "value_bias": c.qkv_bias,
+        "num_register_tokens": c.reg_tokens,
+        "layerscale_value": c.init_values,
+    }
+
+
+def _check_headless(c: Any, whose: str) -> None:
+    if c.num_classes:
+        raise ValueError(
+            f"transformers' {whose} has no head, and this network one of {c.num_classes} classes: leave it out with "
+            f"reset_classifier(0), or {ELSEWHERE}"
+        )
+
+
+def _check_scaled(c: Any, whose: str) -> None:
+    if c.init_values is None:
+        raise ValueError(f"transformers' {whose} has LayerScale, and this network none (init_values=None): {ELSEWHERE}")
+
+
+def _check_square(c: Any, whose: str) -> None:
+    """Of networks whose tables of positions transformers takes for square."""
+    for name in ("img_size", "patch_size"):
+        height, width = pair(getattr(c, name))
+        if height != width:
+            raise ValueError(f"transformers' {whose} has a square {name}; got {height} x {width}: {ELSEWHERE}")
 
 
 def _square(size: Any) -> int | list[int]:
@@ -115,9 +252,17 @@ def _pvt_v2(c: Any) -> dict[str, Any]:
     }
 
 
+ENCODERS: tuple[tuple[Callable[[Any], bool], Callable[[Any], dict[str, Any]]], ...] = (
+    (lambda c: c.global_pool == "map", _siglip),
+    (lambda c: c.pre_norm, _clip),
+    (lambda c: c.init_values is not None, _dinov2),
+)
+"""what tells an encoder from a plain Vision Transformer"""
 CONFIGS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "vit": _vit,
+    "vit": _isotropic,
     "deit": _deit,
+    "beit": _beit,
+    "eva": _dinov3,
     "swin": _swin,
     "pvt": _pvt,
     "pvt_v2": _pvt_v2,

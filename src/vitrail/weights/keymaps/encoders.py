@@ -63,6 +63,8 @@ DINOV2 = KeyMap(
         Row(f"{V2}.mlp.weights_in.{{w}}", "blocks.{i}.mlp.fc1.{w}"),
         Row(f"{V2}.mlp.weights_out.{{w}}", "blocks.{i}.mlp.fc2.{w}"),
         Row(f"{ROOT}layernorm.{{w}}", "norm.{w}"),
+        Row("classifier.weight", "head.weight", form="class half"),
+        Row("classifier.bias", "head.bias"),
     ),
     marks=(f"{V2}.layer_scale1.lambda1", f"{V2}.norm1.weight", f"{V2}.attention.attention.query.weight"),
     drop={MASK: (f"{ROOT}embeddings.mask_token",)},
