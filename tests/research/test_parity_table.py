@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vitrail.layers.embed import pair
-from vitrail.models.registry import build_model
+from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.research import parity
 from vitrail.research.parity import compare, other_size, parity_table
 from vitrail.research.peers import Peer, build_peer
@@ -97,3 +99,31 @@ def test_a_library_may_fail_at_another_size_and_not_at_the_rows_own():
     assert [found.size for found in compare("vit_debug", peer(other[0]))] == [own]
     with pytest.raises(RuntimeError, match="it broke"):
         list(compare("vit_debug", peer(own[0])))
+
+
+SMALL: dict[str, Any] = dict(depth=2, embed_dim=48, num_heads=3)
+ENCODERS = {
+    "vit_small_patch14_dinov2": dict(img_size=56),
+    "vit_small_patch14_reg4_dinov2": dict(img_size=56),
+    "vit_giant_patch14_dinov2": dict(img_size=56),
+    "vit_small_patch16_dinov3": dict(img_size=64),
+    "vit_small_plus_patch16_dinov3_qkvb": dict(img_size=64),
+    "vit_base_patch32_clip_224": dict(img_size=64),
+    "vit_base_patch32_clip_quickgelu_224": dict(img_size=64),
+    "vit_base_patch16_siglip_224": dict(img_size=64),
+    "beit_base_patch16_224": dict(img_size=64),
+}
+
+
+@pytest.mark.parametrize("row", ENCODERS)
+def test_an_encoder_is_held_against_transformers(row: str, monkeypatch: pytest.MonkeyPatch):
+    """The rows, made small."""
+    pytest.importorskip("transformers")
+    variants = FAMILIES[ROWS[row]].variants
+    monkeypatch.setitem(variants, row, replace(variants[row], **SMALL | ENCODERS[row]))
+    peer = build_peer(row, "transformers")
+    assert peer is not None
+    found = list(compare(row, peer))
+    assert all(each.compared == 2 and each.logits < 1e-5 and each.features < 1e-5 for each in found)
+    resized = "dinov3" in row or "reg4" in row  # the others by ways of transformers' own, or not
+    assert len(found) == 1 + resized

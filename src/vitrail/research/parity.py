@@ -93,7 +93,7 @@ def compare(row: str, peer: Peer) -> Iterator[Parity]:
     ours.eval()
     counts = _count(ours), _count(peer.model)
     own = pair(ours.config.img_size)
-    for size in (own, other_size(ours)):
+    for size in (own,) if peer.own_size else (own, other_size(ours)):
         images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
         try:
             theirs, states = _answer(peer, images)

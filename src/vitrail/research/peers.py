@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ class Peer(NamedTuple):
     """fields of our config that make ours the same network"""
     normed: bool = False
     """whether those outputs are normed, as ours are on demand"""
+    own_size: bool = False
+    """whether it is the same network at its own size alone: it resizes positions in a way of its own"""
 
 
 def build_peer(row: str, source: str) -> Peer | None:
@@ -88,7 +91,7 @@ def _timm(row: str) -> Peer | None:
         return None
     config = FAMILIES[ROWS[row]].variants[row]
     model = timm.create_model(row, pretrained=False, num_classes=config.num_classes, **_any_size(row))
-    return _drawn(row, "timm", model, _as_state_dict, _plain)
+    return _drawn(row, "timm", STATES["timm"][ROWS[row]], model, _as_state_dict, _plain)
 
 
 def _any_size(row: str) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def _torchvision(row: str) -> Peer | None:
     from torchvision import models
 
     model = models.get_model(TORCHVISION[row], weights=None)
-    return _drawn(row, "torchvision", model, _as_state_dict, _plain)
+    return _drawn(row, "torchvision", STATES["torchvision"][ROWS[row]], model, _as_state_dict, _plain)
 
 
 def _transformers(row: str) -> Peer | None:
@@ -116,22 +119,29 @@ def _transformers(row: str) -> Peer | None:
         said = CONFIGS[family](config) | {"num_labels": config.num_classes}
     except ValueError:  # a network that transformers has under another name, or has not
         return None
-    kind = said.pop("architectures")[0]
-    made = transformers.AutoConfig.for_model(said.pop("model_type"), **said)
-    model = getattr(transformers, kind)(made)
-    return _drawn(row, "transformers", model, _as_pretrained, lambda out: out.logits)
+    name, kind = said.pop("architectures")[0], said.pop("model_type")
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **said))
+    peer = _drawn(row, "transformers", STATES["transformers"][kind], model, _as_pretrained, _answer_of(name, config))
+    return peer._replace(own_size=kind in RESIZED_OTHERWISE)
+
+
+def _answer_of(name: str, config: Any) -> Callable[[Any], Tensor]:
+    """What transformers' class of this name calls our logits."""
+    if name == "DINOv3ViTModel" and config.global_pool == "avg":
+        return lambda out: out.last_hidden_state[:, 1 + config.reg_tokens :].mean(1)  # it pools the class token alone
+    return attrgetter(next(word for end, word in ANSWERS.items() if name.endswith(end)))
 
 
 def _drawn(
     row: str,
     source: str,
+    states: str | Callable[[Any], str],
     model: nn.Module,
     save: Callable[[nn.Module, Path], Path],
     logits: Callable[[Any], Tensor],
 ) -> Peer:
     randomise(model)
     family = ROWS[row]
-    states = STATES[source][family]
     pattern = states if isinstance(states, str) else states(FAMILIES[family].variants[row])
     return Peer(source, model.eval(), pattern, save, logits, OPTIONS.get((source, family), {}), family in NORMED)
 
@@ -192,6 +202,21 @@ STATES: Mapping[str, Mapping[str, str | Callable[[Any], str]]] = {
         "swin": _last_blocks(r"swin\.encoder\.layers\.{}\.blocks\.{}"),
         "pvt": _last_blocks(r"pvt\.encoder\.block\.{}\.{}"),
         "pvt_v2": r"pvt_v2\.encoder\.layers\.\d+",
+        "beit": r"beit\.layers\.\d+",
+        **dict.fromkeys(("dinov2", "dinov2_with_registers"), r"encoder\.layer\.\d+"),
+        "dinov3_vit": r"model\.layer\.\d+",
+        "clip_vision_model": r"(vision_model\.)?encoder\.layers\.\d+",
+        "siglip_vision_model": r"encoder\.layers\.\d+",
     },
 }
-"""by library and family, the modules after which our `features` are taken, or what makes them of a config"""
+"""by library and family, of transformers by `model_type`, the modules after which our `features` are taken, or what
+makes them of a config"""
+ANSWERS = {
+    "ForImageClassification": "logits",
+    "WithTeacher": "logits",
+    "WithProjection": "image_embeds",
+    "Model": "pooler_output",
+}
+"""by the end of transformers' class, where our logits stand in what it returns"""
+RESIZED_OTHERWISE = ("beit", "dinov2")
+"""by `model_type`: bias tables linearly, positions without antialiasing"""
