@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from vitrail.models.registry import build_model
+from vitrail.weights import fetch
 from vitrail.weights.fetch import FetchError, fetch_from_hub
 from vitrail.weights.load import create_model, load_weights
+from vitrail.weights.read import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TIMM = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -137,6 +139,75 @@ def test_a_repository_of_pickles_too_and_a_missing_one_names_the_usual_file(hub:
         hub.refuse("org/none", name, 404, "RepoNotFound")
     with pytest.raises(FetchError, match=r"org/none: model\.safetensors could not be had"):
         create_model("hf-hub:org/none", pretrained=True)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def offer_shards(hub: Hub, shop: Any, repo: str = "org/large") -> dict[str, Any]:
+    """A repository in two parts; its tensors."""
+    state = shop.state(embed_dim=48, depth=3, num_classes=10)
+    for file in shop.shards(state).iterdir():
+        hub.offer(repo, file.name, file.read_bytes())
+    hub.offer(repo, "config.json", json.dumps({"architecture": "vit_debug"}).encode())
+    return state
+
+
+def test_a_repository_in_parts_becomes_a_network_and_stays_in_the_cache(hub: Hub, shop: Any, offline: Any):
+    state = offer_shards(hub, shop)
+    for _ in range(2):
+        model = create_model("hf-hub:org/large", pretrained=True)
+        assert model.variant == "vit_debug" and all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+        offline()
+        hub.server.asked.clear()
+    assert hub.server.asked == []
+
+
+def test_parts_are_of_the_commit_of_their_index(hub: Hub, shop: Any):
+    offer_shards(hub, shop)
+    for name in ("a.safetensors", "b.safetensors"):
+        hub.refuse("org/large", name, 500, "Another commit since")
+    assert create_model("hf-hub:org/large", pretrained=True).variant == "vit_debug"
+    assert hub.asked().count("config.json") == 2  # what there is and the file itself, once for all parts
+
+
+def test_a_file_is_taken_before_an_index(hub: Hub, shop: Any):
+    offer_shards(hub, shop)
+    state = shop.state(embed_dim=48, depth=3, num_classes=10)
+    hub.offer("org/large", "pytorch_model.bin", shop.torch(state).read_bytes())
+    create_model("hf-hub:org/large", pretrained=True)
+    assert INDEX not in hub.asked()
+
+
+def test_a_part_that_is_not_there_is_an_error_that_names_it(hub: Hub, shop: Any):
+    offer_shards(hub, shop)
+    hub.server.at(f"/org/large/resolve/{COMMIT}/b.safetensors", refusing(404, "EntryNotFound"))
+    with pytest.raises(FetchError, match=r"^org/large: b\.safetensors could not be had"):
+        create_model("hf-hub:org/large", pretrained=True)
+
+
+@pytest.mark.parametrize(("index", "message"), [
+    ({"weight_map": {"x": "../../a.safetensors"}}, "parts must lie beside their index; got '../../a.safetensors'"),
+    ({"weight_map": {"x": "sub/a.safetensors"}}, "parts must lie beside their index"),
+    ({"weight_map": {"x": 5}}, "parts must lie beside their index; got 5"),
+    ({"weight_map": 3}, "damaged, not readable as an index .*: fetch it again"),
+    ([], "damaged, not readable as an index"),
+    ({"weight_map": {str(i): f"{i}.bin" for i in range(1001)}}, "names 1,001 files; at most 1,000 are fetched: give a"),
+])  # fmt: skip
+def test_an_index_of_the_hub_is_looked_at_before_anything_that_it_names_is_asked_for(hub: Hub, index, message: str):
+    hub.offer("org/bad", INDEX, json.dumps(index).encode())
+    with pytest.raises(CheckpointError, match=message):
+        create_model("hf-hub:org/bad", pretrained=True)
+    usual = {"model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", INDEX}
+    assert set(hub.asked()) <= usual | {"config.json", "preprocessor_config.json"}
+
+
+def test_parts_that_are_more_than_any_checkpoint_has_are_not_all_fetched(hub: Hub, shop: Any, monkeypatch):
+    offer_shards(hub, shop)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 1000)
+    with pytest.raises(FetchError, match="org/large: more than 1,000 bytes, which no checkpoint has: look at the name"):
+        create_model("hf-hub:org/large", pretrained=True)
+    assert "b.safetensors" not in hub.asked()
 
 
 def test_published_weights_by_their_name(hub: Hub, shop: Any):

@@ -1,6 +1,6 @@
 """Published weights, on this disk: fetched once, checked, and kept.
 
-    a hub's repository   by `huggingface_hub`: its cache, its offline mode (HF_HUB_OFFLINE), its tokens
+    a hub's repository   by `huggingface_hub`: its cache, its offline mode (HF_HUB_OFFLINE), its tokens; in parts too
     a URL                streamed to a temporary file beside its place, then renamed: it is there whole or not at all
 
 A checksum is enforced where it is known: from the file's own name, as PyTorch's `name-1a2b3c4d.pth`, from the folder
@@ -17,6 +17,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -24,7 +25,7 @@ from typing import IO
 from vitrail.files import whole_file, write_whole
 from vitrail.folder import CONFIG
 from vitrail.names import printable, shortened
-from vitrail.weights.read import CheckpointError
+from vitrail.weights.read import CheckpointError, parts_of
 from vitrail.weights.sidecar import PROCESSOR
 
 CACHE = "VITRAIL_CACHE"
@@ -36,6 +37,8 @@ NAMED = re.compile(r"-([0-9a-f]{8,64})\.\w+$|/([0-9a-f]{64})/[^/]+$")
 """the sha256, or how it begins, in an address"""
 CHUNK = 1 << 20
 MAX_BYTES = 50 * 10**9
+MOST_PARTS = 1000
+"""files of one checkpoint"""
 TIMEOUT = 30.0
 """seconds without a byte"""
 ABANDONED = 3600.0
@@ -52,14 +55,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "vitrail")
 
 
-def fetch_from_hub(repo: str, file: str) -> Path:
-    """One file of a repository on the hub, and the small files beside it that say how it is used."""
+def fetch_from_hub(
+    repo: str, file: str, *, revision: str | None = None, beside: Sequence[str] = (CONFIG, PROCESSOR)
+) -> Path:
+    """One file of a repository on the hub, and the small files beside it that say how it is used.
+
+    `revision` is a commit; without one, the newest that the hub or, offline, its cache has.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        path = Path(hf_hub_download(repo, file))
-        for name in (CONFIG, PROCESSOR):
+        path = Path(hf_hub_download(repo, file, revision=revision))
+        for name in beside:
             with suppress(EntryNotFoundError):
                 hf_hub_download(repo, name)
         return path
@@ -70,6 +78,23 @@ def fetch_from_hub(repo: str, file: str) -> Path:
         ) from error
     except (EntryNotFoundError, OSError, ValueError) as error:  # all of the hub's, and of the disk's
         raise FetchError(f"{repo}: {file} could not be had ({_reason(error)}): look at the name") from error
+
+
+def fetch_parts(repo: str, index: Path) -> None:
+    """The files that an index of the hub names, of the index's own commit: so they lie beside it, and fit each other.
+
+    Raises `FetchError` where one cannot be had and where there are too many, `CheckpointError` for what is no index.
+    """
+    names = sorted(set(parts_of(index).values()))
+    if len(names) > MOST_PARTS:
+        raise FetchError(
+            f"{repo}: {index.name} names {len(names):,} files; at most {MOST_PARTS:,} are fetched: give a file"
+        )
+    got = 0
+    for name in names:
+        got += fetch_from_hub(repo, name, revision=index.parent.name, beside=()).stat().st_size
+        if got > MAX_BYTES:
+            raise FetchError(f"{repo}: more than {MAX_BYTES:,} bytes, which no checkpoint has: look at the name")
 
 
 def fetch_url(url: str) -> Path:

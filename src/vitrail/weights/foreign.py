@@ -22,11 +22,11 @@ from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
-from vitrail.weights.fetch import FetchError, fetch_from_hub
+from vitrail.weights.fetch import FetchError, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
-from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
+from vitrail.weights.read import FOLDER_FILES, INDICES, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
 
@@ -78,13 +78,20 @@ def place_of(name: str) -> Place | None:
 
 
 def fetched(place: Place) -> Path:
-    """The file on this disk. Raises `FetchError` where the hub has none of the usual names."""
+    """The file on this disk, or the index of several. Raises `FetchError` where the hub has none of the usual names."""
     if not place.repo:
         return place.path
+    path = _first_of_hub(place.repo)
+    if path.name in INDICES:
+        fetch_parts(place.repo, path)
+    return path
+
+
+def _first_of_hub(repo: str) -> Path:
     failed = []
-    for name in FOLDER_FILES[:-1]:
+    for name in (*FOLDER_FILES[:-1], *INDICES):
         try:
-            return fetch_from_hub(place.repo, name)
+            return fetch_from_hub(repo, name)
         except FetchError as error:
             failed.append(error)
     raise failed[0]

@@ -287,13 +287,9 @@ def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
 
 def _read_sharded(index: Path) -> dict[str, Tensor]:
     """Several files, as the index of a large model names them."""
-    if index.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{index}: an index has at most {MAX_JSON_BYTES:,} bytes; got {index.stat().st_size:,}")
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = parts_of(index)
     held = {}
     for name in sorted(set(places.values())):
-        if not PART.fullmatch(name):
-            raise CheckpointError(f"{index}: parts must lie beside their index; got {shortened(name)}")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: its part {name} is not there: fetch it too")
         held[name] = READERS[kind_of(index.parent / name)](index.parent / name)
@@ -301,6 +297,22 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
     if lacking:
         raise CheckpointError(f"{index}: {shortened(lacking[0])} is not in its part: fetch them again")
     return {name: held[place][name] for name, place in places.items()}
+
+
+def parts_of(index: Path) -> dict[str, str]:
+    """Which file beside an index holds each tensor. Raises `CheckpointError` for what is no index of such files."""
+    if index.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{index}: an index has at most {MAX_JSON_BYTES:,} bytes; got {index.stat().st_size:,}")
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: damaged, not readable as an index ({_reason(error)}): fetch it again"
+        ) from None
+    for name in places.values():
+        if not (isinstance(name, str) and PART.fullmatch(name)):
+            raise CheckpointError(f"{index}: parts must lie beside their index; got {shortened(name)}")
+    return places
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
