@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from vitrail.layers.attention import Attention, Layout
-from vitrail.layers.relative import PREFIX_ROWS, QVAttention, RelativeAttention, relative_bias, resize_relative
+from vitrail.layers.relative import (
+    PREFIX_ROWS,
+    QVAttention,
+    RelativeAttention,
+    SplitAttention,
+    relative_bias,
+    resize_relative,
+)
 
 
 def table(grid: tuple[int, int], heads: int = 2) -> torch.Tensor:
@@ -95,3 +102,23 @@ def test_a_bias_of_keys_would_change_nothing(qkv_bias: bool) -> None:
     q_bias, v_bias = (zeros if bias is None else bias for bias in (ours.q_bias, ours.v_bias))
     full.load_state_dict({**ours.state_dict(), "qkv.bias": torch.cat([q_bias, torch.randn(24), v_bias])}, strict=False)
     torch.testing.assert_close(ours(x), full(x), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_a_projection_each_is_one_in_three_pieces(qkv_bias: bool) -> None:
+    one, three, x = (
+        QVAttention(24, 3, qkv_bias=qkv_bias),
+        SplitAttention(24, 3, qkv_bias=qkv_bias),
+        torch.randn(2, 7, 24),
+    )
+    for bias in one.biases():
+        bias.normal_()
+    three.proj.load_state_dict(one.proj.state_dict())
+    for layer, weight in zip((three.q_proj, three.k_proj, three.v_proj), one.qkv.weight.chunk(3), strict=True):
+        layer.weight.copy_(weight)
+    for layer, bias in zip((three.q_proj, three.v_proj), one.biases(), strict=qkv_bias):
+        layer.bias.copy_(bias)
+    assert not [name for name in three.state_dict() if "qkv" in name or name == "k_proj.bias"]
+    torch.testing.assert_close(three(x), one(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(three(x, rows=2), one(x)[:, :2], rtol=0, atol=1e-6)

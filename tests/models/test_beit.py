@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from vitrail.layers.attention import Attention
 from vitrail.layers.blocks import Block, GammaBlock
-from vitrail.layers.relative import QVAttention, RelativeAttention, resize_relative
+from vitrail.layers.relative import QVAttention, RelativeAttention, SplitAttention, resize_relative
 from vitrail.models.backbone import PositionTable
 from vitrail.models.beit import Beit
 from vitrail.models.eva import VARIANTS, Eva
@@ -35,12 +36,25 @@ def test_blocks_are_built_of_the_pieces_that_the_config_names() -> None:
     built = {
         "BEiT": (Beit(**SMALL), GammaBlock, RelativeAttention),
         "EVA-02": (Eva(**SMALL), Block, QVAttention),
+        "EVA-02's larger": (Eva(**SMALL, qkv_fused=False), Block, SplitAttention),
         "a plain network": (VisionTransformer(**SMALL), Block, Attention),
         "a plain network with a bias": (VisionTransformer(**SMALL, rel_pos_bias=True), Block, RelativeAttention),
     }
     for name, (model, block, attention) in built.items():
         assert {type(part) for part in model.blocks} == {block}, name
         assert {type(part.attn) for part in model.blocks} == {attention}, name
+
+
+@pytest.mark.parametrize("beside", [{"rel_pos_bias": True}, {"window_size": 2, "class_token": False}])
+def test_a_projection_each_is_for_plain_attention_alone(beside: dict[str, Any]) -> None:
+    name, value = next(iter(beside.items()))
+    with pytest.raises(ValueError, match=f"qkv_fused=False is for .*; got also {name}={value}: use qkv_fused=True"):
+        Eva(**SMALL, qkv_fused=False, **beside)
+
+
+def test_a_normed_gate_has_its_blocks_norm() -> None:
+    norm = Eva(**SMALL, mlp="swiglu_normed", norm="rmsnorm", norm_eps=1e-4).blocks[0].mlp.norm
+    assert isinstance(norm, nn.RMSNorm) and norm.eps == 1e-4 and norm.weight.shape == (256,)
 
 
 @torch.no_grad()

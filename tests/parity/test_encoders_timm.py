@@ -20,6 +20,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva as TimmEva
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
+LARGE: tuple[dict[str, Any], dict[str, Any]] = (
+    dict(ref_feat_shape=(6, 6), mlp="swiglu_normed", mlp_ratio=8 / 3, qkv_fused=False),
+    dict(swiglu_mlp=True, scale_mlp=True, qkv_fused=False, use_rot_pos_emb=True, ref_feat_shape=(6, 6)),
+)
 EVA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "EVA-02": (dict(ref_feat_shape=(6, 6)), dict(swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(6, 6))),
     "EVA-02 that counts its own cells": (dict(ref_feat_shape=None), dict(swiglu_mlp=True, use_rot_pos_emb=True)),
@@ -27,6 +31,8 @@ EVA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(ref_feat_shape=(6, 6), global_pool="token"),
         dict(swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(6, 6), global_pool="token"),
     ),
+    "EVA-02, base": LARGE,
+    "EVA-02, base, without biases": (LARGE[0] | dict(qkv_bias=False), LARGE[1] | dict(qkv_bias=False)),
     "DINOv3": (dict(qkv_bias=False, mlp="mlp", act="gelu"), dict(qkv_bias=False)),
     "DINOv3 with biases": (dict(mlp="mlp", act="gelu"), dict(qkv_bias=True)),
     "DINOv3 with a gate": (
@@ -132,6 +138,7 @@ def gradients_equal(ours: Backbone, theirs: nn.Module) -> None:
 
 def test_gradients_equal_timms() -> None:
     gradients_equal(*eva("DINOv3 with biases"))
+    gradients_equal(*eva("EVA-02, base"))
     beit = TimmBeit(**SMALL, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1, norm_layer=LAYER_NORM)
     gradients_equal(*twins(Beit(**SMALL), beit))
     gradients_equal(*twins(DeiT(**SMALL), VisionTransformerDistilled(**SMALL)))

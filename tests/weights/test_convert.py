@@ -142,6 +142,17 @@ def test_what_a_library_has_no_word_for_is_refused_and_nothing_is_written(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@torch.no_grad()
+def test_timm_opens_eva_and_is_told_of_no_other(tmp_path: Path):
+    timm = pytest.importorskip("timm")
+    model = build_model("eva02_tiny_patch14_224", img_size=56).eval()
+    theirs = timm.create_model(f"local-dir:{convert(model, tmp_path / 'out', 'timm')}", pretrained=True).eval()
+    images = torch.randn(1, 3, 56, 56)
+    assert torch.allclose(theirs(images), model(images), atol=1e-5)
+    with pytest.raises(ValueError, match="timm's eva02_base_patch14_224 takes no depth=3: write it as vitrail or"):
+        convert(build_model("eva02_debug"), tmp_path / "other", "timm")
+
+
 def test_a_folder_that_holds_something_is_left_alone(model: Backbone, tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FolderError, match="holds something already: name a new folder"):

@@ -105,7 +105,28 @@ class SwiGLU(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1_g(x)) * self.fc1_x(x))))
 
 
-MLPS: dict[str, Callable[..., nn.Module]] = {"mlp": Mlp, "swiglu_packed": SwiGLUPacked, "swiglu": SwiGLU}
+class NormedSwiGLU(SwiGLU):
+    """The same with a norm before the last product, "sub-LN" (Wang et al. 2022, 2210.06423): EVA-02's larger rows."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int, *, norm: Norm = nn.LayerNorm, act: str = "silu", drop: float = 0.0
+    ) -> None:
+        super().__init__(in_features, hidden_features, act=act, drop=drop)
+        self.norm = norm(hidden_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop(self.act(self.fc1_g(x)) * self.fc1_x(x)))
+        return self.drop(self.fc2(x))
+
+
+MLPS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu_packed": SwiGLUPacked,
+    "swiglu": SwiGLU,
+    "swiglu_normed": NormedSwiGLU,
+}
+NORMED = ("swiglu_normed",)
+"""those that want to be told of the block's norm"""
 
 
 class DropPath(nn.Module):
@@ -186,7 +207,8 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = make_norm(dim)
-        self.mlp = MLPS[mlp](dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
+        told = {"norm": make_norm} if mlp in NORMED else {}
+        self.mlp = MLPS[mlp](dim, int(dim * mlp_ratio), act=act, drop=proj_drop, **told)
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 

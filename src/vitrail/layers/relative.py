@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import Attention, Layout
-from vitrail.layers.linear import linear
+from vitrail.layers.linear import Linear, linear
 
 PREFIX_ROWS = 3
 """from a prefix token, to one, between two"""
@@ -111,6 +111,20 @@ class QVAttention(Attention):
         if self.q_bias is None or self.v_bias is None:
             return self.qkv(x)
         return linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+
+
+class SplitAttention(Attention):
+    """Keys have no bias here either; queries, keys and values have a projection each: EVA-02's larger rows."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, **rest: Any) -> None:
+        super().__init__(dim, num_heads, qkv_bias=False, **rest)
+        del self.qkv
+        self.q_proj = Linear(dim, dim, bias=qkv_bias)
+        self.k_proj = Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim, bias=qkv_bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
 
 class RelativeAttention(QVAttention):

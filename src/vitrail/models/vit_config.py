@@ -83,8 +83,8 @@ class ViTConfig:
     norm: Literal["layernorm", "rmsnorm", "batchnorm"] = "layernorm"
     norm_eps: float = 1e-6
     """CLIP has 1e-5, transformers' ViT 1e-12"""
-    mlp: Literal["mlp", "swiglu_packed", "swiglu"] = "mlp"
-    """hidden layer, or a gated one, whose hidden width counts gate and value together (packed) or each"""
+    mlp: Literal["mlp", "swiglu_packed", "swiglu", "swiglu_normed"] = "mlp"
+    """hidden layer, or a gated one, whose hidden width counts gate and value together (packed) or each; one normed"""
     act: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"] = "gelu"
     shared_blocks: bool = False
     """one block, run `depth` times (Lan et al. 2020, ALBERT)"""
