@@ -25,7 +25,8 @@ from typing import IO
 from vitrail.files import whole_file, write_whole
 from vitrail.folder import CONFIG
 from vitrail.names import printable, shortened
-from vitrail.weights.read import CheckpointError, parts_of
+from vitrail.weights.read import CheckpointError
+from vitrail.weights.shards import parts_of
 from vitrail.weights.sidecar import PROCESSOR
 
 CACHE = "VITRAIL_CACHE"
@@ -83,9 +84,12 @@ def fetch_from_hub(
 def fetch_parts(repo: str, index: Path) -> None:
     """The files that an index of the hub names, of the index's own commit: so they lie beside it, and fit each other.
 
-    Raises `FetchError` where one cannot be had and where there are too many, `CheckpointError` for what is no index.
+    Raises `FetchError` where one cannot be had and where there are too many, and for what is no index.
     """
-    names = sorted(set(parts_of(index).values()))
+    try:
+        names = sorted(set(parts_of(index).values()))
+    except ValueError as error:
+        raise FetchError(str(error)) from None
     if len(names) > MOST_PARTS:
         raise FetchError(
             f"{repo}: {index.name} names {len(names):,} files; at most {MOST_PARTS:,} are fetched: give a file"

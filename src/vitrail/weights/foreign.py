@@ -26,7 +26,8 @@ from vitrail.weights.fetch import FetchError, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
-from vitrail.weights.read import FOLDER_FILES, INDICES, CheckpointError, read_checkpoint
+from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
+from vitrail.weights.shards import INDICES
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
 

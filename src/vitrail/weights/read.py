@@ -14,7 +14,6 @@ header or a compressed archive that promises more than the file can hold is refu
 from __future__ import annotations
 
 import io
-import json
 import math
 import pickletools
 import re
@@ -29,9 +28,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vitrail.folder import MAX_JSON_BYTES, MAX_NAME
+from vitrail.folder import MAX_NAME
 from vitrail.names import printable, shortened
 from vitrail.weights import torchscript
+from vitrail.weights.shards import INDICES, parts_of
 
 TENSORS = re.compile(
     r"torch (\w+Storage|u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+|per_\w+|Size|device|Tensor)"
@@ -64,9 +64,6 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "st
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """what wrappers put before every name: DDP, `torch.compile`, Lightning"""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-PART = re.compile(r"\w[\w.\-]*")
-"""a file beside its index"""
 
 
 class CheckpointError(ValueError):
@@ -287,7 +284,10 @@ def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
 
 def _read_sharded(index: Path) -> dict[str, Tensor]:
     """Several files, as the index of a large model names them."""
-    places = parts_of(index)
+    try:
+        places = parts_of(index)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     held = {}
     for name in sorted(set(places.values())):
         if not (index.parent / name).is_file():
@@ -297,22 +297,6 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
     if lacking:
         raise CheckpointError(f"{index}: {shortened(lacking[0])} is not in its part: fetch them again")
     return {name: held[place][name] for name, place in places.items()}
-
-
-def parts_of(index: Path) -> dict[str, str]:
-    """Which file beside an index holds each tensor. Raises `CheckpointError` for what is no index of such files."""
-    if index.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{index}: an index has at most {MAX_JSON_BYTES:,} bytes; got {index.stat().st_size:,}")
-    try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: damaged, not readable as an index ({_reason(error)}): fetch it again"
-        ) from None
-    for name in places.values():
-        if not (isinstance(name, str) and PART.fullmatch(name)):
-            raise CheckpointError(f"{index}: parts must lie beside their index; got {shortened(name)}")
-    return places
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
