@@ -210,6 +210,9 @@ def test_what_is_not_there_is_said(shop: Any):
     (folder / "a.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"index\.json: its part a\.safetensors is not there"):
         read_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../a.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"index\.json: parts must lie beside their index; got '\.\./a"):
+        read_checkpoint(folder)
 
 
 def test_a_file_that_cannot_be_opened_is_an_error_of_ours(shop: Any, monkeypatch: pytest.MonkeyPatch):
