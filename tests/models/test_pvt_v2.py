@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.explain.record import record_attention
+from vitrail.layers import parts
 from vitrail.layers.linear import Linear
 from vitrail.models.pvt_v2 import VARIANTS, ConvMlp, PVTV2Config, PyramidVisionTransformerV2
 
@@ -146,6 +147,24 @@ def test_the_linear_variant_has_a_relu_before_its_convolution() -> None:
         False,
         True,
     ]
+
+
+@torch.no_grad()
+def test_the_mlp_goes_through_some_images_at_a_time_with_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, counts = ConvMlp(4, 8).eval(), []
+    x, padding = torch.randn(5, 25, 4), torch.rand(5, 25) < 0.3
+    whole = mlp(x, (5, 5), padding)
+    real = ConvMlp._forward
+
+    def spy(self: ConvMlp, grid: tuple[int, int], x: Tensor, padding: Tensor | None) -> Tensor:
+        counts.append(len(x))
+        return real(self, grid, x, padding)
+
+    monkeypatch.setattr(ConvMlp, "_forward", spy)
+    monkeypatch.setattr(parts, "TOKENS", 1)
+    monkeypatch.setattr(parts, "WIDE", 2 * 25 * 8)
+    close(mlp(x, (5, 5), padding), whole)
+    assert counts == [2, 2, 1]
 
 
 # ---- padded pixels

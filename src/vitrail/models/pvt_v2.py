@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from vitrail.layers.blocks import DropPath, drop_path_rates, run_layer
 from vitrail.layers.embed import OverlapPatchEmbed, Size, check_mask, pair
 from vitrail.layers.init import init_leaf
 from vitrail.layers.linear import Linear
+from vitrail.layers.parts import by_parts
 from vitrail.layers.reduction import LinearReductionAttention, ReducedAttention, SpatialReductionAttention
 from vitrail.layers.tokens import as_map, mean_tokens
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, drawn_once, usual_preprocess
@@ -126,6 +128,7 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, relu: bool = False, drop: float = 0.0) -> None:
         super().__init__()
+        self.hidden = hidden
         self.fc1 = Linear(dim, hidden)
         self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -134,6 +137,9 @@ class ConvMlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+        return by_parts(self, partial(self._forward, grid), x, padding, wide=self.hidden)
+
+    def _forward(self, grid: tuple[int, int], x: Tensor, padding: Tensor | None) -> Tensor:
         x = self.relu(self.fc1(x))  # (B, N, hidden): the largest tensors, so each is given up for the next
         x = as_map(x, grid, padding)  # (B, hidden, h, w)
         x = self.dwconv(x)
