@@ -4,23 +4,20 @@
 
 Networks are in fp32 with random weights; what they answer is compared by `vitrail parity`. A step is forward,
 cross-entropy, backward and AdamW, ours fused as `vitrail train` has it. Candidates take turns in one process; ratios
-above 1 say how many times faster vitrail is, and the best of the others counts. Memory is the peak of one pass beyond
-what the process had with weights loaded, each network in a process of its own.
+above 1 say how many times faster vitrail is, and the best of the others counts. Memory is the most that tensors hold
+at once in a pass of four times as many images, beyond weights and images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from clock import machine, median, ratio, rounds
+from memory import peak_megabytes
 from torch import Tensor, nn
 
 from vitrail.models.registry import build_model
@@ -35,7 +32,7 @@ UNFUSED = "timm, unfused"
 CANDIDATES = ("vitrail", "timm", UNFUSED, "torchvision", "transformers")
 
 
-def build(row: str, name: str) -> Callable[[Tensor], Tensor] | None:
+def build(row: str, name: str) -> nn.Module | None:
     """A candidate's network as images -> logits; None where the library has none."""
     if name == "vitrail":
         return build_model(row).eval()
@@ -73,43 +70,29 @@ def measure(row: str, args: argparse.Namespace) -> str:
     with torch.inference_mode():
         found = rounds({name: partial(model, images) for name, model in models.items()}, args.repeats)
     cells = [row, str(args.batch), f"{args.batch / median(found, 'vitrail'):.1f}", *_ratios(found, models)]
-    steps = {}
-    for name, model in models.items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True if name == "vitrail" else None)
-        steps[name] = partial(step, model.train(), optimizer, images)
-    took = rounds(steps, max(3, args.repeats // 2))
     others = [name for name in models if name != "vitrail"]
+    peaks = _peaks(models, torch.cat([images] * 4))
+    took = rounds(_steps(models, images), max(3, args.repeats // 2))
     cells.append(f"{min(ratio(took, name) for name in others):.2f}")
-    peaks = {name: _peak(row, name, args.batch) for name in models}
     cells += [f"{peaks['vitrail']:.0f}", f"{min(peaks[name] for name in others):.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def _ratios(found: list[dict[str, float]], models: dict[str, nn.Module]) -> list[str]:
-    return [f"{ratio(found, name):.2f}" if name in models else "" for name in CANDIDATES[1:]]
-
-
-def _peak(row: str, name: str, batch: int) -> float:
-    words = [sys.executable, __file__, row, "--batch", str(batch), "--memory", name]
-    return float(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+def _steps(models: dict[str, nn.Module], images: Tensor) -> dict[str, Callable[[], None]]:
+    steps = {}
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True if name == "vitrail" else None)
+        steps[name] = partial(step, model.train(), optimizer, images)
+    return steps
 
 
 @torch.inference_mode()
-def memory(row: str, name: str, batch: int) -> float:
-    """In a process of its own: megabytes of a pass at its peak, beyond those with weights loaded and one image seen."""
-    model = build(row, name)
-    size = build_model(row).config.img_size
-    images = torch.randn(batch * 4, 3, *size)
-    model(images[:1])
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew, at what is held
-    before = _kilobytes("VmRSS")
-    model(images)
-    return (_kilobytes("VmHWM") - before) / 1024
+def _peaks(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
+    return {name: peak_megabytes(partial(model, images)) for name, model in models.items()}
 
 
-def _kilobytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def _ratios(found: list[dict[str, float]], models: dict[str, nn.Module]) -> list[str]:
+    return [f"{ratio(found, name):.2f}" if name in models else "" for name in CANDIDATES[1:]]
 
 
 def main() -> None:
@@ -117,11 +100,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", default=ROWS, help="rows of `vitrail models`")
     parser.add_argument("--batch", type=int, default=4, help="images in a batch; memory is of four times as many")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count; half as many for steps")
-    parser.add_argument("--memory", choices=CANDIDATES, help="one network's peak in this process, as JSON")
     args = parser.parse_args()
-    if args.memory:
-        print(json.dumps(memory(args.rows[0], args.memory, args.batch)))
-        return
     print(f"{machine('cpu', 'timm', 'torchvision', 'transformers')}\n")
     columns = [f"× {name}" for name in CANDIDATES[1:]] + ["step, × the best", "MB", "MB, least of the others"]
     print(f"| model | batch | images/s | {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) + 2)}")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitrail.layers import parts
 from vitrail.layers.attention import Layout
-from vitrail.layers.blocks import Block, DropPath, LayerScale, Mlp, run_block
+from vitrail.layers.blocks import MLPS, Block, DropPath, LayerScale, Mlp, run_block
 
 
 def randomise(module: nn.Module) -> None:
@@ -66,6 +67,21 @@ def test_mlp_is_two_linear_layers_and_an_activation(act: str, formula: Callable[
 
 def test_mlp_width_defaults_to_its_input() -> None:
     assert Mlp(6).fc1.out_features == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MLPS)
+def test_an_mlp_takes_some_images_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = MLPS[kind](6, 10).eval(), torch.randn(5, 4, 6)
+    whole, given, real = mlp(x), [], mlp.all_at_once
+    monkeypatch.setattr(parts, "TOKENS", 1)
+    monkeypatch.setattr(parts, "WIDE", 2 * 4 * mlp.wide)
+    monkeypatch.setattr(mlp, "all_at_once", lambda x: given.append(len(x)) or real(x))
+    torch.testing.assert_close(mlp(x), whole, rtol=0, atol=1e-6)
+    assert given == [2, 2, 1]
+    with torch.enable_grad():
+        mlp(x)
+    assert given == [2, 2, 1, 5]
 
 
 def test_mlp_drops_in_training_only() -> None:

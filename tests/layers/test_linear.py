@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.layers import linear
-from vitrail.layers.linear import Linear, plain_linear
+from vitrail.layers.linear import Linear, activated, plain_linear
 
 ONEDNN = torch.backends.mkldnn.is_available()
 needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this PyTorch has no oneDNN")
@@ -25,9 +25,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     real = linear._onednn
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None, *then: str) -> Tensor:
         shapes.append(tuple(x.shape))
-        return real(x, weight, bias)
+        return real(x, weight, bias, *then)
 
     monkeypatch.setattr(linear, "_onednn", spy)
     monkeypatch.setattr(linear, "_is_fast", lambda dtype, threads: True)
@@ -236,3 +236,68 @@ def test_the_timing_is_of_fp32_on_the_cpu_whatever_the_defaults() -> None:
             assert linear._pays() in (True, False)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_is_applied_with_the_product(form: str, dtype: torch.dtype, taken: list[Any]) -> None:
+    layer, act, x = Linear(6, 9).to(dtype), nn.GELU(approximate=form), 3 * torch.randn(5, 7, 6, dtype=dtype)
+    layer.bias.copy_(torch.linspace(-4, 4, 9))
+    calls: list[Tensor] = []
+    act.forward = calls.append  # type: ignore[method-assign, assignment]
+    found = activated(layer, act, x)
+    truth = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate=form)
+    torch.testing.assert_close(found.double(), truth, atol=1e-6 if dtype == torch.float32 else 0.03, rtol=1e-2)
+    assert (taken, calls) == ([(5, 7, 6)], [])
+
+
+def hooked(layer: nn.Module, act: nn.Module) -> None:
+    act.register_forward_pre_hook(lambda module, args: None)
+
+
+def hooked_before(layer: nn.Module, act: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, args, out: None)
+
+
+def nothing(layer: nn.Module, act: nn.Module) -> None: ...
+
+
+class OwnLinear(Linear):
+    """Somebody's layer: it may do more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class OwnGELU(nn.GELU):
+    """Somebody's activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("layer", "act", "do", "grad"),
+    [
+        (Linear(6, 9), nn.GELU(), hooked, False),
+        (Linear(6, 9), nn.GELU(), hooked_before, False),
+        (Linear(6, 9), nn.GELU(), nothing, True),
+        (Linear(6, 9), nn.ReLU(), nothing, False),
+        (OwnLinear(6, 9), nn.GELU(), nothing, False),
+        (nn.Linear(6, 9), nn.GELU(), nothing, False),
+        (Linear(6, 9), OwnGELU(), nothing, False),
+    ],
+)
+def test_between_layer_and_activation_nobody_is_passed_by(
+    layer: nn.Module, act: nn.Module, do: Any, grad: bool, monkeypatch: pytest.MonkeyPatch, taken: list[Any]
+) -> None:
+    real, fused = linear._onednn, []
+    monkeypatch.setattr(linear, "_onednn", lambda x, w, b, *then: fused.extend(then) or real(x, w, b, *then))
+    do(layer, act)
+    x = torch.randn(4, 6)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(activated(layer, act, x), act(layer(x)), atol=1e-6, rtol=1e-6)
+    assert fused == []

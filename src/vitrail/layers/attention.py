@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -183,9 +183,9 @@ class Attention(nn.Module):
         rows: int | None = None,
         rope: Rope | None = None,
     ) -> Tensor:
-        q, k, v = self.split(x, rope)
+        told: dict[str, Any] = dict(bias=bias, mix=self.mix(), layout=layout, kernel=self.attn, rows=rows)
         dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias=bias, dropout=dropout, mix=self.mix(), layout=layout, kernel=self.attn, rows=rows)
+        x = attend(*self.split(x, rope), dropout=dropout, **told)  # q, k and v, held by nobody, are gone after it
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, N or rows, C)
 
     def mix(self) -> Mix | None:

@@ -8,22 +8,22 @@ Legend: `B` batch, `N` tokens, `C` width, `F` hidden width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Attention, Kernel, Layout
-from vitrail.layers.linear import Linear
+from vitrail.layers.linear import Linear, activated
+from vitrail.layers.parts import by_parts
 from vitrail.layers.rope import Rope
 from vitrail.names import check_choice
 
 Norm = Callable[..., nn.Module]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -54,54 +54,69 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Mlp(nn.Module):
+class WideMlp(nn.Module, ABC):
+    """What MLPs share: where nobody wants gradients they take some images at a time, by `by_parts`."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_parts(self, self.all_at_once, x, wide=self.wide)
+
+    @abstractmethod
+    def all_at_once(self, x: Tensor) -> Tensor:
+        """(…, C) -> (…, C)."""
+
+
+class Mlp(WideMlp):
     """Two linear layers with an activation between, applied to every token: (…, C) -> (…, C)."""
 
     def __init__(
         self, in_features: int, hidden_features: int | None = None, *, act: str = "gelu", drop: float = 0.0
     ) -> None:
-        super().__init__()
         check_choice("act", act, ACTIVATIONS)
         hidden = in_features if hidden_features is None else hidden_features
+        super().__init__(hidden)
         self.fc1 = Linear(in_features, hidden)
         self.act = ACTIVATIONS[act]()
         self.drop = nn.Dropout(drop)
         self.fc2 = Linear(hidden, in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def all_at_once(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(activated(self.fc1, self.act, x))))
 
 
-class SwiGLUPacked(nn.Module):
+class SwiGLUPacked(WideMlp):
     """Two linear layers with a gate between, silu(g) · x of one product: (…, C) -> (…, C), F/2 wide between.
 
     Source: Shazeer 2020, "GLU variants improve transformer", eq. 6. The hidden width counts gate and value together.
     """
 
     def __init__(self, in_features: int, hidden_features: int, *, act: str = "silu", drop: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(hidden_features)
         self.fc1 = Linear(in_features, hidden_features)
         self.act = ACTIVATIONS[act]()
         self.drop = nn.Dropout(drop)
         self.fc2 = Linear(hidden_features // 2, in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def all_at_once(self, x: Tensor) -> Tensor:
         gate, x = self.fc1(x).chunk(2, dim=-1)  # 2 x (…, F/2)
         return self.drop(self.fc2(self.drop(self.act(gate) * x)))
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(WideMlp):
     """The same with gate and value as two products, of the hidden width each: DINOv3's larger rows."""
 
     def __init__(self, in_features: int, hidden_features: int, *, act: str = "silu", drop: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(2 * hidden_features)
         self.fc1_g = Linear(in_features, hidden_features)
         self.fc1_x = Linear(in_features, hidden_features)
         self.act = ACTIVATIONS[act]()
         self.drop = nn.Dropout(drop)
         self.fc2 = Linear(hidden_features, in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def all_at_once(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1_g(x)) * self.fc1_x(x))))
 
 
@@ -114,7 +129,7 @@ class NormedSwiGLU(SwiGLU):
         super().__init__(in_features, hidden_features, act=act, drop=drop)
         self.norm = norm(hidden_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def all_at_once(self, x: Tensor) -> Tensor:
         x = self.norm(self.drop(self.act(self.fc1_g(x)) * self.fc1_x(x)))
         return self.drop(self.fc2(x))
 
@@ -214,17 +229,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
         """`told` is the attention's: `bias`, `layout`, `rope`."""
-        seen = self.attn(self.norm1(x), **told, **_asked(rows=rows))
-        x = x[:, :rows] + self.drop_path1(self.ls1(seen))
+        x = x[:, :rows] + self.drop_path1(self.ls1(self._attend(self.norm1(x), rows, told)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _attend(self, x: Tensor, rows: int | None, told: dict[str, Any]) -> Tensor:
+        return self.attn(x, **told, **_asked(rows=rows))
 
 
 class PostNormBlock(Block):
     """Norm after every sum, as in the first transformer (Vaswani et al. 2017, section 3.1): norm(x + f(x))."""
 
     def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
-        seen = self.attn(x, **told, **_asked(rows=rows))
-        x = self.norm1(x[:, :rows] + self.drop_path1(self.ls1(seen)))
+        x = self.norm1(x[:, :rows] + self.drop_path1(self.ls1(self._attend(x, rows, told))))
         return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
 
 
@@ -232,8 +248,7 @@ class ResPostNormBlock(Block):
     """Norm at the end of every branch (Liu et al. 2022, Swin v2, section 3.2): x + norm(f(x))."""
 
     def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
-        seen = self.attn(x, **told, **_asked(rows=rows))
-        x = x[:, :rows] + self.drop_path1(self.ls1(self.norm1(seen)))
+        x = x[:, :rows] + self.drop_path1(self.ls1(self.norm1(self._attend(x, rows, told))))
         return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
 
 
@@ -247,9 +262,8 @@ class GammaBlock(Block):
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values))
 
     def forward(self, x: Tensor, *, rows: int | None = None, **told: Any) -> Tensor:
-        seen = self.attn(self.norm1(x), **told, **_asked(rows=rows))
-        x = x[:, :rows] + self.drop_path1(self.gamma_1 * seen)
-        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = torch.addcmul(x[:, :rows], self.gamma_1, self.drop_path1(self._attend(self.norm1(x), rows, told)))
+        return torch.addcmul(x, self.gamma_2, self.drop_path2(self.mlp(self.norm2(x))))
 
 
 BLOCKS: dict[str, type[Block]] = {"prenorm": Block, "postnorm": PostNormBlock, "respostnorm": ResPostNormBlock}
@@ -281,9 +295,3 @@ def run_layer(layer: Callable[..., Tensor], *args: Any, checkpointing: bool) -> 
 def _asked(**words: Any) -> dict[str, Any]:
     """Who is not asked for `rows` or told of `rope` need not know of it: blocks and attention of somebody else."""
     return {word: value for word, value in words.items() if value is not None}
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether anybody looks at what these modules or their parts take and give, by a hook of any kind."""
-    parts = (part for module in modules for part in module.modules())
-    return _has_any_global_hook() or any(getattr(part, kind) for part in parts for kind in HOOKS)

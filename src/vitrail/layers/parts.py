@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.blocks import is_hooked
+from vitrail.layers.linear import is_hooked
 from vitrail.layers.talking import may_overwrite
 
 WIDE = 2**20  # numbers between: about as many as the shared cache of some cores keeps until the next product

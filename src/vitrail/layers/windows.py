@@ -21,6 +21,7 @@ Legend: `B` batch, `h`, `w` grid, `W` windows, `N` places in a window, `H` heads
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,14 +171,16 @@ class WindowAttention(Attention):
         self.register_buffer("relative_position_index", relative_index(window), persistent=False)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:  # type: ignore[override]
-        count, places = windows.cells.shape
-        heads = (3, self.num_heads, x.shape[2] // self.num_heads)
-        qkv = self.qkv(x).view(x.shape[0], count, places, *heads)
-        q, k, v = (part.flatten(1, 2) for part in qkv.permute(3, 0, 1, 4, 2, 5).unbind(0))  # (B, W·H, N, D)
-        dropout = self.attn_drop if self.training else 0.0
-        x = attend(q, k, v, bias=self.bias(windows), dropout=dropout, layout=windows.layout, kernel=self.attn)
-        x = x.unflatten(1, (count, self.num_heads)).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, W·N, C)
+        told: dict[str, Any] = dict(bias=self.bias(windows), layout=windows.layout, kernel=self.attn)
+        x = attend(*self.cut(x, windows), dropout=self.attn_drop if self.training else 0.0, **told)
+        x = x.unflatten(1, (-1, self.num_heads)).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, W·N, C)
         return self.proj_drop(self.proj(x))
+
+    def cut(self, x: Tensor, windows: Windows) -> list[Tensor]:
+        """(B, W·N, C) -> queries, keys, values, each (B, W·H, N, D)."""
+        heads = (3, self.num_heads, x.shape[2] // self.num_heads)
+        qkv = self.qkv(x).view(x.shape[0], *windows.cells.shape, *heads)
+        return [part.flatten(1, 2) for part in qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)]
 
     def bias(self, windows: Windows) -> Tensor:
         """(1 or B, W·H, N, N): the bias of each offset, -inf where a place must not see another."""

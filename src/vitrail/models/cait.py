@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import Attention, Kernel, Layout, attend, check_heads
-from vitrail.layers.blocks import NORMS, DropPath, Mlp, is_hooked, run_block
+from vitrail.layers.blocks import NORMS, DropPath, Mlp, run_block
 from vitrail.layers.embed import PatchEmbed, Size, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
-from vitrail.layers.linear import Linear
+from vitrail.layers.linear import Linear, is_hooked
 from vitrail.layers.talking import Mix
 from vitrail.layers.tokens import mean_tokens, padding_bias
 from vitrail.models.backbone import (
@@ -166,8 +166,7 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.empty(c.embed_dim))
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        seen = self.attn(self.norm1(x), bias=bias, layout=layout)
-        x = torch.addcmul(x, self.gamma_1, self.drop_path(seen))  # x + γ · seen in one pass
+        x = torch.addcmul(x, self.gamma_1, self.drop_path(self.attn(self.norm1(x), bias=bias, layout=layout)))
         return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(self.norm2(x))))
 
 
@@ -266,16 +265,16 @@ class CaiT(Backbone):
         """The tokens after the last of the self-attention `blocks`, and their x after each of them in `taps`."""
         tokens = tokens.placed(self.pos_drop)
         tokens = tokens if keep is None else tokens.kept(keep)
-        x, seen = tokens.x, {}
+        seen: dict[int, Tensor] = {}
         shown = tokens.shown
-        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
+        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, tokens.x.dtype)
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=())
         run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout)
         for index in range(len(self.blocks))[blocks]:
-            x = run(self.blocks[index], x)
+            tokens = tokens._replace(x=run(self.blocks[index], tokens.x))
             if index in taps:
-                seen[index] = x
-        return tokens._replace(x=x), seen
+                seen[index] = tokens.x
+        return tokens, seen
 
     def _with_class(self, tokens: Tokens) -> Tokens:
         """The class token made by class attention, then all tokens that it was made of, normed: (B, 1 + P + N, C)."""

@@ -89,9 +89,7 @@ class ResNet(ConvNet):
             self.fc = Linear(self.num_features, c.num_classes) if c.num_classes else nn.Identity()
 
     def stem_map(self, images: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # a CPU pools and convolves it faster; backward, torch 2.15 may crash on it
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.maxpool(self.relu(self.bn1(self.conv1(_laid_out(images)))))
 
     def neck(self, pooled: Tensor) -> Tensor:
         return self.head_drop(pooled)
@@ -115,6 +113,11 @@ class ResNet(ConvNet):
 
     def pixel_weights(self) -> list[str]:
         return ["conv1.weight"]
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """Channels last: a CPU convolves and pools them faster. Not with gradients: torch 2.15 may crash going back."""
+    return images if torch.is_grad_enabled() else images.contiguous(memory_format=torch.channels_last)
 
 
 def _stage(block: str, inputs: int, width: int, depth: int, stride: int) -> tuple[nn.Sequential, int]:

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.attention import Kernel
-from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates, is_hooked, run_layer
+from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates, run_layer
 from vitrail.layers.embed import PatchEmbed, Size, check_channels, check_divides, check_mask, pair, resize_positions
 from vitrail.layers.init import init_leaf, trunc_normal
-from vitrail.layers.linear import Linear
+from vitrail.layers.linear import Linear, is_hooked
 from vitrail.layers.reduction import ReducedAttention, SpatialReductionAttention
 from vitrail.models.backbone import (
     Backbone,

@@ -27,10 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.attention import Kernel
-from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates
+from vitrail.layers.blocks import DropPath, Mlp, drop_path_rates, run_layer
 from vitrail.layers.embed import PatchEmbed, Size, check_mask, pair
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear
@@ -180,15 +179,12 @@ class SwinStage(nn.Module):
 
     def forward(self, tokens: Tokens, checkpointing: bool = False) -> Tokens:
         tokens = self._merged(tokens)
-        turns, before, x = self._windows(tokens), None, tokens.x
+        turns, before = self._windows(tokens), None
         for i, block in enumerate(self.blocks):
             windows = turns[i % 2]
-            x, before = windows.enter(x, before), windows
-            if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, windows, use_reentrant=False)
-            else:
-                x = block(x, windows)
-        return tokens._replace(x=x if before is None else before.leave(x))
+            tokens, before = tokens._replace(x=windows.enter(tokens.x, before)), windows
+            tokens = tokens._replace(x=run_layer(block, tokens.x, windows, checkpointing=checkpointing))
+        return tokens if before is None else tokens._replace(x=before.leave(tokens.x))
 
     def _merged(self, tokens: Tokens) -> Tokens:
         """A padded cell is zero to its neighbours, as one that is missing; four padded cells are a padded one."""

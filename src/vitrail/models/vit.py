@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import Attention, Layout
-from vitrail.layers.blocks import BLOCKS, NORMS, GammaBlock, drop_path_rates, is_hooked, run_block
+from vitrail.layers.blocks import BLOCKS, NORMS, GammaBlock, drop_path_rates, run_block
 from vitrail.layers.embed import PatchEmbed, PatchLinear, check_mask, pair, resize_positions, sincos_2d
 from vitrail.layers.init import init_leaf, trunc_normal
-from vitrail.layers.linear import Linear
+from vitrail.layers.linear import Linear, is_hooked
 from vitrail.layers.local import LocalAttention
 from vitrail.layers.relative import PREFIX_ROWS, QVAttention, RelativeAttention
 from vitrail.layers.rope import ROPES, Rope
@@ -188,19 +188,19 @@ class VisionTransformer(Backbone):
         tokens = tokens.placed(self.pos_drop)
         tokens = tokens if keep is None else tokens.kept(keep)
         self._check_whole(tokens)
-        x, seen = tokens.x, {}
-        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, x.dtype)
+        seen: dict[int, Tensor] = {}
+        bias = None if tokens.padding is None else padding_bias(tokens.padding, tokens.prefix, tokens.x.dtype)
         rope = None if tokens.rope is None else tokens.rope.behind(tokens.prefix)
         shown = tokens.shown
         layout = Layout(tokens.grid, tokens.prefix, query_index=shown, key_index=shown, readout=self._readout())
         run = partial(run_block, checkpointing=self.grad_checkpointing, bias=bias, layout=layout, rope=rope)
         stack = list(self.blocks) * (self.config.depth if self.config.shared_blocks else 1)
         for index in range(len(stack))[blocks]:
-            x = self.norm_pre(x) if index == 0 else x
-            x = run(stack[index], x, rows=rows if index == len(stack) - 1 else None)
+            x = self.norm_pre(tokens.x) if index == 0 else tokens.x
+            tokens = tokens._replace(x=run(stack[index], x, rows=rows if index == len(stack) - 1 else None))
             if index in taps:
-                seen[index] = x
-        return tokens._replace(x=x), seen
+                seen[index] = tokens.x
+        return tokens, seen
 
     def _check_whole(self, tokens: Tokens) -> None:
         if self.config.window_size and tokens.cells is not None:
