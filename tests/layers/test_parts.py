@@ -48,12 +48,13 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Wide:
     ("shape", "given"),
     [
         ((3,), [3]),
-        ((30, 3), [12, 12, 6]),
+        ((30, 3), [10, 10, 10]),
         ((12, 3), [12]),
+        ((13, 3), [7, 6]),
         ((5, 6, 3), [2, 2, 1]),
         ((5, 2, 3, 3), [2, 2, 1]),
         ((2, 40, 3), [1, 1]),
-        ((30, 0, 3), [12, 12, 6]),
+        ((30, 0, 3), [10, 10, 10]),
         ((0, 6, 3), [0]),
     ],
 )
@@ -74,7 +75,7 @@ def test_a_vector_is_not_cut_across(layer: Wide, monkeypatch: pytest.MonkeyPatch
 def test_parts_are_of_no_fewer_tokens_than_pay(layer: Wide, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "TOKENS", 20)
     layer(torch.randn(30, 3)), layer(torch.randn(5, 6, 3))
-    assert layer.given == [20, 10, 3, 2]
+    assert layer.given == [15, 15, 3, 2]
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ BIASES: dict[str, dict[str, Any]] = {
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each part had, two at a time."""
     monkeypatch.setattr(talking, "CACHED_SCORES", 2 * HEADS * QUERIES * KEYS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     counts: list[int] = []
     real = talking._attend
 
@@ -173,3 +174,11 @@ def test_the_part_is_as_large_as_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         attention.attend(q, k, v, mix=mix())
     assert sizes == [1] * BATCH
+
+
+@torch.no_grad()
+def test_every_thread_has_a_cache(parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    q, k, v = qkv()
+    attention.attend(q, k, v, mix=mix())
+    assert parts == [4, 1]

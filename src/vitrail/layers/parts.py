@@ -22,7 +22,7 @@ from vitrail.layers.linear import is_hooked
 from vitrail.layers.talking import may_overwrite
 
 WIDE = 2**20  # numbers between: about as many as the shared cache of some cores keeps until the next product
-TOKENS = 1024  # and no fewer tokens than these, or weights are read again for too little
+TOKENS = 1024  # and about as many tokens at least, or weights are read again for too little
 
 
 def by_parts(owner: nn.Module, layer: Callable[..., Tensor], x: Tensor, *more: Tensor | None, wide: int) -> Tensor:
@@ -34,8 +34,9 @@ def by_parts(owner: nn.Module, layer: Callable[..., Tensor], x: Tensor, *more: T
     if owner.training or x.ndim < 2 or not may_overwrite(x):
         return layer(x, *more)
     tokens = max(1, math.prod(x.shape[1:-1]))
-    count = max(WIDE // wide, TOKENS) // tokens or 1
-    if x.shape[0] <= count or is_hooked(owner):
+    most = max(WIDE // wide, TOKENS) // tokens or 1
+    if x.shape[0] <= most or is_hooked(owner):
         return layer(x, *more)
+    count = math.ceil(x.shape[0] / math.ceil(x.shape[0] / most))  # as even as they go
     parts = zip(*([None] * len(x) if t is None else t.split(count) for t in (x, *more)), strict=False)
     return torch.cat([layer(*part) for part in parts])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitrail.layers.linear import is_traced
 
-CACHED_SCORES = 2**17  # about as many as stay in a core's cache while five passes go over them
+CACHED_SCORES = 2**18  # about as many as stay in a core's cache while five passes go over them
 
 
 class Mix(NamedTuple):
@@ -66,10 +66,11 @@ def may_overwrite(*tensors: Tensor | None) -> bool:
 def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mix: Mix, scale: float, bias: Tensor | None) -> Tensor:
     """Attention with talking heads, (B, H, Q, D), for so many images at a time that their maps stay in the cache.
 
-    Whole batches of maps would go to memory and back five times.
+    Whole batches of maps would go to memory and back five times. Every thread has a cache, and takes the same images
+    in each of the passes where there are enough for all.
     """
     size = q.shape[1], q.shape[2], k.shape[2]  # (H, Q, N)
-    count = max(1, CACHED_SCORES // max(1, math.prod(size)))
+    count = CACHED_SCORES // max(1, math.prod(size)) * torch.get_num_threads() or 1
     buffers = q.new_empty(2, min(count, len(q)), *size)
     out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # (B, H, Q, D)
     bias = None if bias is None else bias[(None,) * (4 - bias.ndim)].expand(len(q), -1, -1, -1)
