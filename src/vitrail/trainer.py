@@ -30,7 +30,7 @@ from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone, said_preprocess
-from vitrail.models.registry import FAMILIES, ROWS, resolve_name
+from vitrail.models.registry import FAMILIES, ROWS, native_size, resolve_name
 from vitrail.models.vit import VisionTransformer
 from vitrail.models.vit_config import ViTConfig
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, shortened
@@ -166,11 +166,13 @@ def demo_config(out: str = "runs/demo") -> TrainConfig:
 
 
 def make_model(config: TrainConfig, splits: Splits) -> Backbone:
-    """A model for these images, its weights drawn from the seed. Says what a short name became.
+    """A model for these images, its weights drawn from the seed. Says what a short name became, and the size of images.
 
-    Raises `ValueError` for an unknown name, and for a dropout that the model does not have.
+    Without `--img-size` it is the images' own, or, where they have many, that which the row is made for. Raises
+    `ValueError` for an unknown name, and for a dropout that the model does not have.
     """
-    preprocess = splits.preprocess(config.img_size)
+    native = None if splits.train.size else native_size(resolve_name(config.model))
+    preprocess = splits.preprocess(config.img_size or native)
     row = resolve_name(config.model, min(preprocess.img_size))
     say_row(config.model, row, min(preprocess.img_size))
     with torch.random.fork_rng(devices=[]):
@@ -180,7 +182,20 @@ def make_model(config: TrainConfig, splits: Splits) -> Backbone:
             **_dropouts(row, config),
         )  # fmt: skip
     model.preprocess, model.classes, model.images = preprocess, splits.classes, describe(splits)
+    _say_size(model, "as --img-size says" if config.img_size else "its own size" if native else "the images' own size")
     return model
+
+
+def _say_size(model: Backbone, why: str) -> None:
+    """Tells the logger `vitrail`, in one line, what size the images get and why, and how it is not the row's own."""
+    size, native = model.preprocess.img_size, native_size(model.variant)
+    odd = ""
+    if size != (native, native):
+        cell = f"{model.feature_info[-1].reduction:.3g}"
+        odd = (
+            f"; it is made for {native} x {native} (--img-size {native}); a cell of its last map is {cell} pixels wide"
+        )
+    LOG.info("%s is trained on images of %d x %d pixels, %s%s", model.variant, *size, why, odd)
 
 
 def _dropouts(row: str, config: TrainConfig) -> dict[str, Any]:

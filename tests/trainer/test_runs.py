@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from vitrail.data.datasets import load_splits
@@ -219,9 +220,60 @@ def test_a_short_name_is_completed_and_said(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", logger="vitrail")
     model = make_model(TrainConfig(model="vit_tiny_mlp1"), some_splits(side=36))
     assert (model.variant, model.preprocess.img_size) == ("vit_tiny_mlp1_patch4_32", (36, 36))
-    assert caplog.messages == ["vit_tiny_mlp1 is vit_tiny_mlp1_patch4_32, for images of 36 pixels"]
+    assert caplog.messages[0] == "vit_tiny_mlp1 is vit_tiny_mlp1_patch4_32, for images of 36 pixels"
+    caplog.clear()
     make_model(TrainConfig(model="vit_debug"), some_splits())
-    assert len(caplog.messages) == 1
+    assert not [message for message in caplog.messages if "vit_debug is vit_debug" in message]
+
+
+def photographs(folder: Path, sides: tuple[tuple[int, int], ...]) -> str:
+    """Four classes of three pictures each, whose sizes are `sides` in turn."""
+    for number in range(12):
+        place = folder / f"c{number % 4}"
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", sides[number % len(sides)], (20 * number, 9, 9)).save(place / f"{number}.png")
+    return f"folder:{folder}"
+
+
+ONE, MANY = ((48, 48),), ((48, 48), (60, 40), (90, 70))
+
+
+@pytest.mark.parametrize(
+    ("model", "sides", "img_size", "pixels", "said"),
+    [
+        ("vit_debug", MANY, None, 32, "vit_debug is trained on images of 32 x 32 pixels, its own size"),
+        ("resnet_debug", MANY, None, 32, "resnet_debug is trained on images of 32 x 32 pixels, its own size"),
+        ("cait_xxs24_384", MANY, None, 384, "cait_xxs24_384 is trained on images of 384 x 384 pixels, its own size"),
+        ("vit_tiny", MANY, None, 224, "vit_tiny_patch16_224 is trained on images of 224 x 224 pixels, its own size"),
+        ("vit_debug", MANY, 64, 64, "vit_debug is trained on images of 64 x 64 pixels, as --img-size says; it is made "
+         "for 32 x 32 (--img-size 32); a cell of its last map is 8 pixels wide"),
+        ("vit_tiny_patch16_224", ONE, None, 48, "vit_tiny_patch16_224 is trained on images of 48 x 48 pixels, the "
+         "images' own size; it is made for 224 x 224 (--img-size 224); a cell of its last map is 16 pixels wide"),
+        ("vit_tiny", ONE, None, 48, "vit_tiny_patch4_32 is trained on images of 48 x 48 pixels, the images' own "
+         "size; it is made for 32 x 32 (--img-size 32); a cell of its last map is 4 pixels wide"),
+    ],
+)  # fmt: skip
+def test_images_have_their_own_size_or_else_the_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str, sides: Any, img_size: int | None, pixels: int,
+    said: str,
+):  # fmt: skip
+    caplog.set_level("INFO", logger="vitrail")
+    config = TrainConfig(model=model, data=photographs(tmp_path, sides), img_size=img_size, val_fraction=0.3)
+    splits = load_splits(config)
+    made = make_model(config, splits)
+    assert made.preprocess.img_size == made.config.img_size == (pixels, pixels)
+    assert caplog.messages[-1] == said
+    batch = next(iter(eval_loader(splits.test, made, config)))
+    assert batch["image"].shape[-2:] == (pixels, pixels)
+
+
+def test_the_record_of_a_run_has_the_rows_size(tmp_path: Path, wiring: dict[str, Any]):
+    (folder := tmp_path / "photos").mkdir()
+    config = TrainConfig(model="vit_debug", data=photographs(folder, MANY), out=str(tmp_path / "run"), val_fraction=0.3)
+    with pytest.raises(Stop):
+        run_training(config)
+    assert json.loads((tmp_path / "run/splits.json").read_text())["preprocess"]["img_size"] == [32, 32]
+    assert next(iter(wiring["train"]))["image"].shape[-2:] == (32, 32)
 
 
 def test_no_generator_is_left_seeded(monkeypatch: pytest.MonkeyPatch):

@@ -57,7 +57,8 @@ class DataConfig:
     download: bool = False
     """fetch cifar10 or cifar100 into data_dir if they are not there"""
     img_size: int | None = None
-    """side of the square image the model gets, in pixels; none for the data's own size, 224 if it has many"""
+    """side of the square image the model gets, in pixels; none for the size of small images that all have the same,
+    else the size that the model's row is made for"""
     batch_size: int = 128
     """images a batch and device"""
     workers: int = 0

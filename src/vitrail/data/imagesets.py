@@ -249,7 +249,7 @@ class Splits:
     def preprocess(self, img_size: int | None = None) -> Preprocess:
         """How a model trained on these images from nothing should take them.
 
-        Without `img_size`: the images' own size, or 224 where they have many.
+        Without `img_size`: the images' own size, or 224 where they have many; a run gives its model's instead.
         """
         own = self.train.size or (DECODED_SIZE, DECODED_SIZE)
         mean, std = self.train.statistics()

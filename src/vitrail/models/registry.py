@@ -112,10 +112,11 @@ def resolve_name(name: str, img_size: int = 224) -> str:
         raise ValueError(
             f"there is no model {name!r}; the nearest are {', '.join(nearest(name, {*short.values(), *ROWS}))}"
         )
-    return min(rows, key=lambda row: abs(math.log(_native_size(row) / img_size)))
+    return min(rows, key=lambda row: abs(math.log(native_size(row) / img_size)))
 
 
-def _native_size(row: str) -> int:
+def native_size(row: str) -> int:
+    """Pixels a side, the shorter one, of the images that a row is made for."""
     return min(pair(FAMILIES[ROWS[row]].variants[row].img_size))
 
 
