@@ -399,6 +399,28 @@ def test_other_channels_are_named(small: Backbone, channels: int) -> None:
         small(torch.zeros(1, channels, *small.preprocess.img_size))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_pixels_that_are_not_normalised_are_told_how(small: Backbone, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"images must be floating-point.*got {dtype}: .*preprocess\.normalise"):
+        small(torch.zeros(1, 3, *small.preprocess.img_size, dtype=dtype))
+
+
+ANY_SIZE = ("pvt_v2", "resnet", "convnext")
+"""families that take any size as it is"""
+
+
+@pytest.mark.parametrize("family", DEBUG)
+@torch.no_grad()
+def test_every_family_takes_dynamic_pad_and_then_any_size(family: str) -> None:
+    plain = build_model(DEBUG[family]).eval()
+    padding = build_model(DEBUG[family], dynamic_pad=True).eval()
+    padding.load_state_dict(plain.state_dict())
+    assert torch.equal(padding(x := images(plain)), plain(x))
+    assert padding(odd := torch.randn(2, 3, 45, 51)).isfinite().all()
+    if family in ANY_SIZE:
+        assert torch.equal(padding(odd), plain(odd))
+
+
 # ---- attention
 
 

@@ -11,8 +11,6 @@ from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, build_model
 
 DEBUG = {name: next(iter(family.variants)) for name, family in FAMILIES.items()}
-ANY_SIZE = ("pvt_v2", "resnet", "convnext")
-"""families that take any size as it is"""
 
 
 @pytest.fixture(params=DEBUG)
@@ -50,8 +48,7 @@ def test_a_patch_that_is_only_partly_padding_does_not_see_it(model: Backbone, va
 @pytest.mark.parametrize("size", [(33, 32), (45, 51)])
 @torch.no_grad()
 def test_no_mask_is_a_mask_of_nothing_at_a_size_that_is_padded(family: str, size: tuple[int, int]) -> None:
-    padding = {} if family in ANY_SIZE else {"dynamic_pad": True}
-    model = build_model(DEBUG[family], **padding).eval()
+    model = build_model(DEBUG[family], dynamic_pad=True).eval()
     x = torch.randn(2, 3, *size)
     assert torch.allclose(model(x), model(x, empty_mask(x)), atol=1e-5)
     pairs = zip(model.features(x).maps, model.features(x, mask=empty_mask(x)).maps, strict=True)

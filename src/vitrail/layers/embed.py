@@ -140,9 +140,14 @@ class OverlapPatchEmbed(nn.Module):
 
 
 def check_channels(images: Tensor, in_chans: int) -> None:
-    """Raises `ValueError` unless `images` are (B, in_chans, H, W)."""
+    """Raises `ValueError` unless `images` are (B, in_chans, H, W) floating-point numbers."""
     if images.ndim != 4 or images.shape[1] != in_chans:
         raise ValueError(f"images must be (B, {in_chans}, H, W); got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating-point, normalised as in training; got {images.dtype}: of uint8 ones, "
+            "model.preprocess.normalise(images) makes them"
+        )
 
 
 def check_mask(mask: Tensor | None, images: Tensor) -> None:

@@ -44,6 +44,8 @@ class ResNetConfig:
     """7 x 7 stride 2 and max-pooling, or 3 x 3 stride 1"""
     drop_rate: float = 0.0
     """dropout before the head"""
+    dynamic_pad: bool = False
+    """changes nothing: any size works as it is. Taken so that what is written for one family works for all"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", pair(self.img_size))

@@ -54,6 +54,8 @@ class ConvNeXtConfig:
     """dropout before the head"""
     drop_path_rate: float = 0.0
     """stochastic depth of the last block; grows linearly from 0"""
+    dynamic_pad: bool = False
+    """changes nothing: any size works as it is. Taken so that what is written for one family works for all"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", pair(self.img_size))

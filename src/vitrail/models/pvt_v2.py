@@ -78,6 +78,8 @@ class PVTV2Config:
     """dropout of attention weights"""
     drop_path_rate: float = 0.0
     """stochastic depth of the last block; grows linearly from 0"""
+    dynamic_pad: bool = False
+    """changes nothing: any size works as it is. Taken so that what is written for one family works for all"""
     attn: Kernel = "auto"
     """attention kernel: auto, fused (SDPA), eager (matmul and softmax)"""
 
