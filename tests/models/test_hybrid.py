@@ -31,6 +31,16 @@ def test_a_value_out_of_range_is_named(given: dict[str, Any], words: str) -> Non
         HybridConfig(**given)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_images_of_which_a_norm_would_leave_nothing(size: tuple[int, int], batch: int) -> None:
+    x = torch.randn(batch, 3, *size)
+    with pytest.raises(ValueError, match=r"more than one number a group; one cell of 32 .* use larger images, or a la"):
+        HybridViT(**TINY).eval()(x)
+    assert HybridViT(**TINY | dict(stem_width=64)).eval()(x).isfinite().all()
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_patches_that_are_normed_before_the_blocks_have_no_bias(pre_norm: bool) -> None:
     assert (HybridViT(**TINY, pre_norm=pre_norm).patch_embed.proj.bias is None) == pre_norm

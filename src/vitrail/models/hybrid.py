@@ -108,6 +108,18 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, (rows // 2, columns // 2))
 
 
+class StemNorm(nn.GroupNorm):
+    """Group norm (Wu & He 2018): (B, F, h, w) -> the same. Of one number alone it would leave nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:].numel() == self.num_groups:
+            raise ValueError(
+                f"an image must leave the CNN's norms more than one number a group; one cell of {x.shape[1]} channels "
+                f"in {self.num_groups} groups is left: use larger images, or a larger stem_width"
+            )
+        return super().forward(x)
+
+
 class MaxPoolSame(nn.Module):
     """The largest of 3 x 3 cells at every second: (B, F, h, w) -> (B, F, ceil(h / 2), ceil(w / 2))."""
 
@@ -130,11 +142,11 @@ class Bottleneck(nn.Module):
         narrow = width // 4
         self.downsample = _project(inputs, width, stride) if project else nn.Identity()
         self.conv1 = StdConv2d(inputs, narrow, 1)
-        self.norm1 = nn.GroupNorm(GROUPS, narrow)
+        self.norm1 = StemNorm(GROUPS, narrow)
         self.conv2 = StdConv2d(narrow, narrow, 3, stride)
-        self.norm2 = nn.GroupNorm(GROUPS, narrow)
+        self.norm2 = StemNorm(GROUPS, narrow)
         self.conv3 = StdConv2d(narrow, width, 1)
-        self.norm3 = nn.GroupNorm(GROUPS, width)
+        self.norm3 = StemNorm(GROUPS, width)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.relu(self.norm1(self.conv1(x)), inplace=True)
@@ -144,7 +156,7 @@ class Bottleneck(nn.Module):
 
 def _project(inputs: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        OrderedDict(conv=StdConv2d(inputs, width, 1, stride), norm=nn.GroupNorm(GROUPS, width))
+        OrderedDict(conv=StdConv2d(inputs, width, 1, stride), norm=StemNorm(GROUPS, width))
     )  # fmt: skip
 
 
@@ -157,7 +169,7 @@ def _stage(inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
 def bit_resnet(in_chans: int, width: int, depths: tuple[int, ...]) -> tuple[nn.Sequential, int]:
     """The root and the stages of a BiT ResNet, or the root alone, and the channels of its map."""
     root = OrderedDict(
-        conv=StdConv2d(in_chans, width, 7, 2), norm=nn.GroupNorm(GROUPS, width), act=nn.ReLU(inplace=True),
+        conv=StdConv2d(in_chans, width, 7, 2), norm=StemNorm(GROUPS, width), act=nn.ReLU(inplace=True),
         pool=MaxPoolSame(),
     )  # fmt: skip
     if not depths:
