@@ -14,8 +14,9 @@ from torch.testing import assert_close
 
 from vitrail.draw.canvas import Canvas
 from vitrail.draw.pictures import overlay
+from vitrail.explain.choice import NoAttentionError
 from vitrail.explain.maps import METHODS, Explained, rollout
-from vitrail.explain.record import AttentionMap, NoAttentionError, record_attention
+from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.images import read_image
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
@@ -136,7 +137,7 @@ def test_what_is_not_there_is_refused(choice: dict[str, Any], message: str, visu
 
 
 def test_a_network_without_attention_says_so(photo: Path):
-    with pytest.raises(NoAttentionError):
+    with pytest.raises(NoAttentionError, match="this network has none, as ResNet and ConvNeXt"):
         AttentionVisualizer(build_model("resnet_debug"), device="cpu").generate_attention_maps(photo)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from vitrail.explain.choice import CannotExplainError
+from vitrail.explain.choice import CannotExplainError, NoAttentionError
 from vitrail.explain.record import record_attention
 from vitrail.layers.attention import Attention, Layout, attend
 from vitrail.layers.talking import Mix
+from vitrail.models.registry import build_model
 
 KERNELS = ("auto", "fused", "eager")
 
@@ -159,6 +161,45 @@ def test_nothing_recorded_is_an_error():
     message = r"saw no attention: run the model inside .* FlashAttention .* other threads"
     with pytest.raises(ValueError, match=message), record_attention():
         nn.Linear(3, 3)(torch.ones(1, 3))
+
+
+CNNS = {
+    "ours": lambda: build_model("resnet_debug"),
+    "our ConvNeXt": lambda: build_model("convnext_debug"),
+    "torchvision's": lambda: torchvision.models.resnet18(),
+    "torchvision's ConvNeXt": lambda: torchvision.models.convnext_tiny(),
+    "with probabilities": lambda: nn.Sequential(build_model("resnet_debug"), nn.Softmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", CNNS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_convolutional_network_is_said_to_have_none(name: str, grad: bool):
+    model = CNNS[name]().eval()
+    message = r"this network has none, .* for it convolves .* need a transformer; .* model\.features\(images\)"
+    with torch.set_grad_enabled(grad), pytest.raises(NoAttentionError, match=message), record_attention():
+        model(torch.randn(1, 3, 64, 64))
+
+
+class Hidden(nn.Module):
+    """Attention that nobody can see: patches, projections, and an operator of one's own."""
+
+    def __init__(self, *, by_convolution: bool) -> None:
+        super().__init__()
+        self.by_convolution = by_convolution
+        self.patches, self.qkv = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 18)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images)
+        if self.by_convolution:
+            return x + x.flatten(2).softmax(-1).sum(-1)[..., None, None]
+        return self.qkv(x.flatten(2).mT)
+
+
+@pytest.mark.parametrize("by_convolution", [False, True])
+def test_attention_that_cannot_be_seen_is_not_taken_for_none(by_convolution: bool):
+    with pytest.raises(NoAttentionError, match="switch the model to sdpa"), record_attention():
+        Hidden(by_convolution=by_convolution)(torch.randn(1, 3, 16, 16))
 
 
 def test_layers_out_of_range_name_the_depth(images, small_vit):

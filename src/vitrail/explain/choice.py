@@ -15,10 +15,24 @@ from vitrail.names import shortened
 Layers = int | Sequence[int] | None
 Heads = Literal["mean"] | int | Sequence[int] | None
 Queries = Literal["class"] | int | Sequence[int] | None
+UNSEEN = (
+    "record_attention saw no attention: run the model inside the `with`, in the same thread. It cannot see "
+    "FlashAttention packages, FlexAttention, graphs compiled by other means (torch.jit, exported, ONNX), nor other "
+    "threads (DataParallel): switch the model to sdpa or eager attention"
+)
+CONVOLVES = (
+    "record_attention saw no attention: this network has none, as ResNet and ConvNeXt have none, for it convolves and "
+    "no layer takes tokens. Rollout and attention, all the explanations there are, need a transformer; the maps of a "
+    "vitrail network's stages are model.features(images)"
+)
 
 
 class CannotExplainError(ValueError):
     """A method does not apply to this network: nothing in the call could be changed to make it."""
+
+
+class NoAttentionError(CannotExplainError):
+    """Nothing attended where it could be seen. The message says what cannot be seen, and what to do."""
 
 
 def readout_rows(layout: Layout) -> tuple[int, ...] | None:
@@ -107,6 +121,11 @@ class Choice:
 
 def _image_rows(layout: Layout, count: int) -> tuple[int, ...] | None:
     return tuple(range(layout.prefix, count)) if layout.prefix else None
+
+
+def no_attention(*, convolves: bool) -> NoAttentionError:
+    """The error where nothing attended; `convolves` where all that was seen is a convolutional network."""
+    return NoAttentionError(CONVOLVES if convolves else UNSEEN)
 
 
 def no_class_rows(who: str) -> CannotExplainError:

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitrail.explain.calls import CALLS, fold, pick
-from vitrail.explain.choice import CannotExplainError, Choice, Heads, Layers, Part, Queries, no_class_rows
+from vitrail.explain.choice import Choice, Heads, Layers, Part, Queries, no_attention, no_class_rows
 from vitrail.layers.attention import Layout
 
 MAX_PREFIX = 8  # class, distillation and register tokens of any published model
@@ -57,10 +57,6 @@ MIXING = {
 }
 """talking heads of foreign models: a linear layer over heads, a 1 x 1 convolution, or an einsum that keeps the keys"""
 FOLLOWED = MATMULS | CARRIED | PRODUCTS | {"softmax", "permute", "linear", "conv2d"}
-
-
-class NoAttentionError(CannotExplainError):
-    """Nothing attended where it could be seen. The message says what cannot be seen, and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +203,7 @@ class _Recorder(TorchFunctionMode):
         self.choice, self.grad, self.geometry = choice, grad, geometry
         self.record = AttentionRecord()
         self.softmaxes = WeakTensorKeyDictionary()  # what came of a softmax -> _Softmax
+        self.tokens = False  # whether a call was seen that networks of tokens make, and ResNet and ConvNeXt do not
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -217,11 +214,7 @@ class _Recorder(TorchFunctionMode):
         """Raises `ValueError` if what was asked for was not there."""
         depth = self.record.depth
         if depth == 0:
-            raise NoAttentionError(
-                "record_attention saw no attention: run the model inside the `with`, in the same thread. It cannot see "
-                "FlashAttention packages, FlexAttention, graphs compiled by other means (torch.jit, exported, ONNX), "
-                "nor other threads (DataParallel): switch the model to sdpa or eager attention"
-            )
+            raise no_attention(convolves=bool(self.geometry.seen) and not self.tokens)
         highest = max(self.choice.layers or (1,))
         if highest > depth:  # of a whole range up to it, the one number that somebody asked for
             raise ValueError(f"layers must lie in 1 … {depth}, the attention layers that ran; got [{highest}]")
@@ -253,6 +246,7 @@ class _Recorder(TorchFunctionMode):
         if name not in FOLLOWED:
             return func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
+        self.tokens = self.tokens or _takes_tokens(name, tensors[0])
         known = self._known(tensors[: 2 if name in PRODUCTS else 1])
         mixes = name == "einsum" and _keeps_keys(args[0])
         if known and name in MATMULS and not mixes:
@@ -361,6 +355,11 @@ def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments, lists opened, in order."""
     opened = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, list | tuple) else (x,))]
     return [x for x in opened if isinstance(x, Tensor)]
+
+
+def _takes_tokens(name: str, x: Tensor) -> bool:
+    """Whether it is a product of (B, N, C), or a softmax of maps; ConvNeXt's linear layers take (B, h, w, C)."""
+    return x.ndim == 3 if name in MATMULS or name == "linear" else name == "softmax" and x.ndim > 2
 
 
 def _keeps_keys(equation: Any) -> bool:
