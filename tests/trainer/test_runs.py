@@ -19,10 +19,10 @@ from vitrail.data.transforms import RandomResizedCrop, eval_transform
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
+from vitrail.train.network import make_model
 from vitrail.trainer import (
     demo_config,
     eval_loader,
-    make_model,
     resume_training,
     run_training,
 )
