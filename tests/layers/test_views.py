@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitrail.layers.views import ScaledPatchEmbed, conv_stem, middle, view_size
+from vitrail.layers.views import ScaledPatchEmbed, middle, strided_stem, view_size
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_cut_view_has_the_padding_of_its_own_pixels() -> None:
 @pytest.mark.parametrize("patch", [12, 16])
 @pytest.mark.parametrize("cells", [1, 3])
 def test_three_convolutions_cut_what_one_would(patch: int, cells: int) -> None:
-    assert conv_stem(3, 8, patch)(torch.zeros(1, 3, patch * cells, patch)).shape == (1, 8, cells, 1)
+    assert strided_stem(3, 8, patch)(torch.zeros(1, 3, patch * cells, patch)).shape == (1, 8, cells, 1)
 
 
 @pytest.mark.parametrize(("patch", "width"), [(8, 8), (12, 3)])
@@ -72,7 +72,7 @@ def test_other_patches_are_refused(patch: int, width: int) -> None:
     with pytest.raises(
         ValueError, match=rf"multi_conv cuts patches of 12 or 16.*patch_size {patch} and embed_dim {width}"
     ):
-        conv_stem(3, width, patch)
+        strided_stem(3, width, patch)
 
 
 def test_other_channels_are_named_by_the_image_that_was_given() -> None:

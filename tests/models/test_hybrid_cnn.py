@@ -9,7 +9,7 @@ import torch
 from torchvision import models
 
 from vitrail import create_model
-from vitrail.models.hybrid_cnn import HybridCNNConfig, HybridCNNViT, conv_stem, torchvision_stem
+from vitrail.models.hybrid_cnn import HybridCNNConfig, HybridCNNViT, halving_stem, torchvision_stem
 
 TINY: dict[str, Any] = dict(embed_dim=24, depth=1, num_heads=3, num_classes=3)
 
@@ -58,7 +58,7 @@ def test_a_stem_that_cannot_be_is_named(given: dict[str, Any], words: str) -> No
 
 @pytest.mark.parametrize("stride", [2, 4, 8, 16])
 def test_a_small_stem_has_its_stride(stride: int) -> None:
-    stem, channels = conv_stem(3, 48, stride)
+    stem, channels = halving_stem(3, 48, stride)
     assert channels == 48 and stem(torch.zeros(1, 3, 64, 64)).shape == (1, 48, 64 // stride, 64 // stride)
 
 

@@ -11,14 +11,14 @@ Legend: `B` batch, `H` heads, `W` windows, `s` side of a window, `N` = h·w toke
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.layers.attention import Attention, Layout, attend
 from vitrail.layers.rope import Rope
+from vitrail.layers.windows import Windows, cut_windows
 
 
 class LocalAttention(Attention):
@@ -46,60 +46,41 @@ class LocalAttention(Attention):
                 f"windows are cut from a whole grid of image tokens without a prefix; got {x.shape[1]} tokens, {known}:"
                 " use a network with window_size=0"
             )
-        windows = Windows.of((layout.grid[0], layout.grid[1]), self.window, x.device)
-        q, k, v = (windows.fold(part) for part in self.split(x, rope))  # (B, W·H, s·s, D)
-        told = windows.told(layout)
-        hidden = windows.hidden(bias, self.num_heads, x.dtype)
+        windows = cut_windows((layout.grid[0], layout.grid[1]), (self.window, self.window), (0, 0), x.device)
+        told: dict[str, Any] = dict(bias=_hidden(bias, windows, self.num_heads, x.dtype), layout=_told(layout, windows))
         dropout = self.attn_drop if self.training else 0.0
-        x = windows.unfold(attend(q, k, v, bias=hidden, dropout=dropout, layout=told, kernel=self.attn))
+        parts = (_fold(part, windows) for part in self.split(x, rope))  # (B, W·H, s·s, D)
+        x = _unfold(attend(*parts, dropout=dropout, kernel=self.attn, **told), windows)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)[:, :rows]))
 
 
-class Windows(NamedTuple):
-    """Where the cells of a grid go when it is cut into windows."""
+def _fold(x: Tensor, windows: Windows) -> Tensor:
+    """(B, H, N, D) -> (B, W·H, s·s, D)."""
+    return x[:, :, windows.cells.clamp(min=0)].transpose(1, 2).flatten(1, 2)
 
-    cells: Tensor
-    """(W, s·s) which cell stands at each place of each window, -1 for padding"""
-    places: Tensor
-    """(N,) at which of the W·s·s places each cell stands"""
-    padded: bool
 
-    @classmethod
-    def of(cls, grid: tuple[int, int], side: int, device: torch.device) -> Windows:
-        """Windows from the upper left corner on; the grid is padded on the right and below."""
-        height, width = grid
-        numbers = torch.arange(height * width, device=device).view(grid)
-        below, right = -height % side, -width % side
-        whole = F.pad(numbers, (0, right, 0, below), value=-1).unflatten(1, (-1, side)).unflatten(0, (-1, side))
-        cells = whole.permute(0, 2, 1, 3).reshape(-1, side * side)
-        rows, columns = numbers // width, numbers % width
-        window = rows // side * whole.shape[2] + columns // side
-        places = (window * side + rows % side) * side + columns % side
-        return cls(cells, places.flatten(), bool(below or right))
+def _unfold(x: Tensor, windows: Windows) -> Tensor:
+    """(B, W·H, s·s, D) -> (B, H, N, D)."""
+    return x.unflatten(1, (len(windows.cells), -1)).transpose(1, 2).flatten(2, 3)[:, :, windows.places]
 
-    def fold(self, x: Tensor) -> Tensor:
-        """(B, H, N, D) -> (B, W·H, s·s, D)."""
-        return x[:, :, self.cells.clamp(min=0)].transpose(1, 2).flatten(1, 2)
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """(B, W·H, s·s, D) -> (B, H, N, D)."""
-        return x.unflatten(1, (len(self.cells), -1)).transpose(1, 2).flatten(2, 3)[:, :, self.places]
+def _told(layout: Layout, windows: Windows) -> Layout:
+    """The layout of the windows of a grid that has this one."""
+    index = windows.cells
+    if layout.query_index is not None:  # (B, N), -1 where pixels are padding
+        index = layout.query_index[..., index.clamp(min=0)].masked_fill(index < 0, -1)
+    return replace(layout, windows=len(windows.cells), query_index=index, key_index=index)
 
-    def told(self, layout: Layout) -> Layout:
-        """The layout of the windows of a grid that has this one."""
-        index = self.cells
-        if layout.query_index is not None:  # (B, N), -1 where pixels are padding
-            index = layout.query_index[..., index.clamp(min=0)].masked_fill(index < 0, -1)
-        return replace(layout, windows=len(self.cells), query_index=index, key_index=index)
 
-    def hidden(self, bias: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
-        """A bias (1 or B, 1, 1, N) of keys -> (1 or B, W·H, 1, s·s), with the padding of windows hidden too.
+def _hidden(bias: Tensor | None, windows: Windows, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """A bias (1 or B, 1, 1, N) of keys -> (1 or B, W·H, 1, s·s), with the padding of windows hidden too.
 
-        Where nothing of a window is to be seen nothing is hidden: nobody reads it, and a softmax needs a number.
-        """
-        if bias is None and not self.padded:
-            return None
-        bias = torch.zeros(1, 1, 1, len(self.places), dtype=dtype, device=self.cells.device) if bias is None else bias
-        keys = bias[:, 0, 0][:, self.cells.clamp(min=0)].masked_fill(self.cells < 0, float("-inf"))  # (B, W, s·s)
-        keys = keys.masked_fill((keys == float("-inf")).all(-1, keepdim=True), 0.0)
-        return keys.repeat_interleave(heads, dim=1)[:, :, None]
+    Where nothing of a window is to be seen nothing is hidden: nobody reads it, and a softmax needs a number.
+    """
+    cells = windows.cells
+    if bias is None and windows.empty is None:
+        return None
+    bias = torch.zeros(1, 1, 1, len(windows.places), dtype=dtype, device=cells.device) if bias is None else bias
+    keys = bias[:, 0, 0][:, cells.clamp(min=0)].masked_fill(cells < 0, float("-inf"))  # (B, W, s·s)
+    keys = keys.masked_fill((keys == float("-inf")).all(-1, keepdim=True), 0.0)
+    return keys.repeat_interleave(heads, dim=1)[:, :, None]

@@ -32,11 +32,11 @@ def relative_bias(table: Tensor, own: tuple[int, int], layout: Layout) -> Tensor
         cells = torch.arange(grid[0] * grid[1], device=table.device)[None]
     else:
         cells = layout.query_index.reshape(-1, layout.query_index.shape[-1]).clamp(min=0)  # padding: hidden anyway
-    index = relative_index(cells, grid, layout.prefix)
+    index = offset_rows(cells, grid, layout.prefix)
     return table[index].permute(0, 3, 1, 2)
 
 
-def relative_index(cells: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def offset_rows(cells: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     """Cells (B, N) -> (B, P + N, P + N): which row of the table a pair of query and key has."""
     height, width = grid
     rows, columns = cells // width, cells % width

@@ -42,7 +42,7 @@ class ScaledPatchEmbed(PatchEmbed):
         super().__init__(view, patch_size, in_chans, embed_dim, dynamic_pad=dynamic_pad)
         self.scale, self.crop, self.fixed = scale, crop, view if fixed else None
         if stem:
-            self.add_module("proj", conv_stem(in_chans, embed_dim, patch_size))
+            self.add_module("proj", strided_stem(in_chans, embed_dim, patch_size))
 
     def forward(self, images: Tensor) -> Tensor:
         check_channels(images, self.in_chans)
@@ -87,7 +87,7 @@ def middle(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x[..., top : top + size[0], left : left + size[1]]
 
 
-def conv_stem(in_chans: int, embed_dim: int, patch_size: int) -> nn.Sequential:
+def strided_stem(in_chans: int, embed_dim: int, patch_size: int) -> nn.Sequential:
     """Three convolutions, ReLU between them, whose strides make up a patch: (B, C_in, H, W) -> (B, C, h, w).
 
     Source: Chen et al. 2021 (CrossViT), the † models of section 4.1. Raises `ValueError` for patches not in `STEMS`.

@@ -11,11 +11,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from vitrail.layers.blocks import run_layer
 from vitrail.layers.embed import check_channels, check_mask
 from vitrail.layers.tokens import mean_tokens
 from vitrail.models.backbone import Backbone, Features
@@ -51,8 +50,7 @@ class ConvNet(Backbone):
         states = []
         for info in self.feature_info:
             stage = self.get_submodule(info.module)
-            saving = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(stage, x, use_reentrant=False) if saving else stage(x)
+            x = run_layer(stage, x, checkpointing=self.grad_checkpointing)
             states.append(x)
         return states
 

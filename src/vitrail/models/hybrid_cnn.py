@@ -104,7 +104,7 @@ VARIANTS: dict[str, HybridCNNConfig] = {
 }
 
 
-def conv_stem(in_chans: int, width: int, stride: int) -> tuple[nn.Sequential, int]:
+def halving_stem(in_chans: int, width: int, stride: int) -> tuple[nn.Sequential, int]:
     """Convolutions that halve, and a last whose map pooling halves: (B, C_in, H, W) -> (B, C, H/stride, W/stride)."""
     halvings = int(math.log2(stride)) - 1
     widths = [in_chans, *(max(1, width // 2 ** (halvings - i)) for i in range(halvings))]
@@ -185,7 +185,7 @@ class HybridCNNViT(VisionTransformer):
     def _make_patch_embed(self) -> HybridEmbed:
         c = self.config
         if c.stem == "conv":
-            return HybridEmbed(c, *conv_stem(c.in_chans, c.embed_dim, c.stride), c.stride)
+            return HybridEmbed(c, *halving_stem(c.in_chans, c.embed_dim, c.stride), c.stride)
         return HybridEmbed(c, *torchvision_stem(c.stem, c.in_chans, c.stride), c.stride)
 
     @torch.no_grad()
