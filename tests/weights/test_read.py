@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from vitrail.models.registry import FAMILIES, build_model
+from vitrail.weights.keymap import KeyMap
+from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.load import load_weights
 from vitrail.weights.read import CheckpointError, kind_of, read_checkpoint
+from vitrail.weights.wrapped import unwrapped
 
 State = dict[str, Any]
 
@@ -78,6 +83,41 @@ WRAPPED: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
         ("target_encoder",),
     ),
     "one name nobody knows": (lambda s: {"weights of mine": s, "epoch": 3}, ("weights of mine",)),
+    "an AveragedModel's beside": (
+        lambda s: {"model": other(s), "model_ema": prefixed(s, "module.") | {"n_averaged": torch.tensor(3)}},
+        ("model_ema", "module."),
+    ),
+    "Lightning with a loss and a metric": (
+        lambda s: {
+            "state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(2), "metric.total": torch.zeros(())}
+        },
+        ("state_dict", "model."),
+    ),
+    "Lightning with teacher and student": (
+        lambda s: {"state_dict": prefixed(other(s), "student.") | prefixed(s, "teacher.")},
+        ("state_dict", "teacher."),
+    ),
+    "under net": (lambda s: prefixed(s, "net."), ("net.",)),
+    "under encoder": (lambda s: prefixed(s, "encoder."), ("encoder.",)),
+    "a tower of open_clip": (
+        lambda s: prefixed(s, "visual.trunk.") | {"transformer.ln.weight": torch.ones(3)}, ("visual.trunk.",)
+    ),
+    "a run of ours": (lambda s: {"state_dict": prefixed(s, "task.backbone.")}, ("state_dict", "task.backbone.")),
+    "a run of ours with averages": (
+        lambda s: {
+            "state_dict": prefixed(other(s), "task.backbone."),
+            "callbacks": {"WeightEma": {"updates": 3, "averages": prefixed(s, "0.backbone.")}},
+        },
+        ("averages", "task.backbone."),
+    ),
+    "a run of ours with averages that have not begun": (
+        lambda s: {
+            "state_dict": prefixed(s, "task.backbone."),
+            "callbacks": {"WeightEma": {"updates": 0, "averages": prefixed(other(s), "0.backbone.")}},
+        },
+        ("state_dict", "task.backbone."),
+    ),
+    "a teacher of DINO's, whose layout has a prefix": (lambda s: prefixed(s, "backbone."), ()),
     "two wrappers": (lambda s: {"checkpoint": {"model": s, "epoch": 3}}, ("checkpoint", "model")),
 }  # fmt: skip
 
@@ -153,7 +193,68 @@ def test_a_part_is_named(shop: Any):
         read_checkpoint(path)
 
 
+def test_a_part_of_one_state_dict_is_named_by_what_its_names_begin_with(shop: Any):
+    state = shop.state()
+    path = shop.torch({"state_dict": prefixed(state, "student.") | prefixed(other(state), "teacher.")})
+    model = shop.network()
+    report = load_weights(model, path, part="student")
+    assert torch.equal(model.norm.bias, state["norm.bias"])
+    assert "taken out of state_dict > student., not teacher, which part= names" in report.lines()
+    load_weights(model, path)
+    assert torch.equal(model.norm.bias, state["norm.bias"] + 1)
+    with pytest.raises(CheckpointError, match=r"no part 'best' in it; beside the weights stand student, teacher"):
+        read_checkpoint(path, "best")
+
+
+def test_several_networks_of_which_none_is_the_better_are_asked_for_by_part(shop: Any):
+    state = shop.state()
+    path = shop.torch(prefixed(state, "left.") | prefixed(other(state), "right."))
+    with pytest.raises(CheckpointError, match=r"several networks are in it \(left\., right\.\): name one by part"):
+        read_checkpoint(path)
+    assert torch.equal(read_checkpoint(path, "left").tensors["norm.bias"], state["norm.bias"])
+
+
+def test_what_was_taken_and_what_was_not_is_reported(shop: Any):
+    state = shop.state()
+    path = shop.torch({"state_dict": state, "state_dict_ema": other(state)})
+    assert (
+        "taken out of state_dict_ema, not state_dict, which part= names" in load_weights(shop.network(), path).lines()
+    )
+    run = {"state_dict": prefixed(state, "task.backbone.")}
+    averages = {"callbacks": {"WeightEma": {"updates": 3, "averages": prefixed(other(state), "0.backbone.")}}}
+    path, model = shop.torch(run | averages), shop.network()
+    report = load_weights(model, path)
+    assert "taken out of averages > task.backbone., not state_dict, which part= names" in report.lines()
+    load_weights(model, path, part="state_dict")
+    assert torch.equal(model.norm.bias, state["norm.bias"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_known_under_a_prefix(family: str):
+    with torch.device("meta"):
+        state = build_model(next(iter(FAMILIES[family].variants))).state_dict()
+    assert unwrapped(prefixed(state, "net.") | {"loss.weight": torch.zeros(1)}).wrappers == ("net.",)
+
+
+@pytest.mark.parametrize("keymap", KEYMAPS, ids=lambda keymap: f"{keymap.source} {keymap.family}")
+def test_every_layout_is_known_under_a_prefix_and_without_one(keymap: KeyMap):
+    marks = [re.sub(r"\{\w.*?\}", "1", re.sub(r"\[.*?\]", "", mark)) for mark in keymap.marks]
+    state = {mark.replace("{w}", "weight"): torch.zeros(1) for mark in marks}
+    assert unwrapped(state).wrappers == ()
+    assert unwrapped(prefixed(state, "net.")).wrappers == ("net.",)
+
+
 # ---- files and folders
+
+
+def test_a_folder_of_a_run_holds_its_model_and_before_that_where_it_stands(shop: Any):
+    state = shop.state()
+    for folder in ("runs", "runs/checkpoints", "runs/model"):
+        (shop.place / folder).mkdir()
+    shop.torch({"state_dict": prefixed(state, "task.backbone.")}, "runs/checkpoints/last.ckpt")
+    assert read_checkpoint(shop.place / "runs").path.name == "last.ckpt"
+    shop.safetensors(state, "runs/model/model.safetensors")
+    assert read_checkpoint(shop.place / "runs").path == shop.place / "runs" / "model" / "model.safetensors"
 
 
 def test_a_file_is_known_by_its_first_bytes_not_its_ending(shop: Any):

@@ -140,6 +140,7 @@ def _about_file(checkpoint: Checkpoint) -> list[str]:
     kinds = ", ".join(str(kind).removeprefix("torch.") for kind, _ in Counter(t.dtype for t in tensors).most_common(3))
     told = [f"{checkpoint.path}: {checkpoint.kind}, {len(tensors)} tensors, {size / 1e6:,.1f} MB, {kinds}"]
     told += [f"taken out of: {' > '.join(checkpoint.wrappers)}"] if checkpoint.wrappers else []
+    told += [f"other networks in it, which --part names: {first(checkpoint.passed)}"] if checkpoint.passed else []
     return told + ([f"beside the weights: {first(list(checkpoint.others), 6)}"] if checkpoint.others else [])
 
 

@@ -47,6 +47,10 @@ class Report:
     """how many of them had another name"""
     source: str = ""
     """whose names they had"""
+    wrappers: tuple[str, ...] = ()
+    """what the file has around its weights, outermost first"""
+    passed: tuple[str, ...] = ()
+    """other networks in the file, as `part` names them"""
     resized: list[str] = field(default_factory=list)
     """a line each: name, old and new shape"""
     bands: tuple[str, ...] = ()
@@ -61,11 +65,17 @@ class Report:
     def lines(self) -> list[str]:
         """As they are told."""
         names = f", {self.renamed} renamed from {self.source}'s" if self.renamed else ""
-        told = [f"{self.taken} tensors{names}", *(f"resized {line}" for line in self.resized)]
+        told = [f"{self.taken} tensors{names}"]
+        told += [f"taken out of {' > '.join(self.wrappers)}{_not(self.passed)}"] if self.wrappers else []
+        told += [*(f"resized {line}" for line in self.resized)]
         told += [f"channels by bands {first(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
         parts = [f"{what} ({len(names)} tensors)" if len(names) > 1 else what for what, names in self.left_out.items()]
         return told + ([f"not used: {first([*parts, *self.unused])}"] if parts or self.unused else [])
+
+
+def _not(passed: Sequence[str]) -> str:
+    return f", not {first(passed)}, which part= names" if passed else ""
 
 
 def fitted(

@@ -66,6 +66,10 @@ class File(NamedTuple):
     """its names for which this package has no use, by what they are, in words"""
     favoured: str = ""
     """part of the name of the row that is meant where several have its shapes"""
+    wrappers: tuple[str, ...] = ()
+    """what was around the weights, outermost first"""
+    passed: tuple[str, ...] = ()
+    """other networks in the file, as `part` names them"""
 
 
 def place_of(name: str) -> Place | None:
@@ -118,7 +122,8 @@ def read_file(path: Path, part: str | None = None) -> File:
     renamed = len(tensors.keys() - checkpoint.tensors.keys())
     tables = saved_tables(path.parent, beside.card, tensors) if beside.card and path.name == WEIGHTS else {}
     spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
-    return File(str(checkpoint.path), tensors, source, renamed, beside, tables, spare, row)
+    around = (checkpoint.wrappers, checkpoint.passed)
+    return File(str(checkpoint.path), tensors, source, renamed, beside, tables, spare, row, *around)
 
 
 def put_in(
@@ -131,7 +136,9 @@ def put_in(
     rest: Rest = "mean",
 ) -> Report:
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
-    report = Report(source=file.source, renamed=file.renamed, left_out=file.left_out)
+    report = Report(
+        source=file.source, renamed=file.renamed, left_out=file.left_out, wrappers=file.wrappers, passed=file.passed
+    )
     check_said(model, file)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest

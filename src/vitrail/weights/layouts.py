@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -13,6 +14,14 @@ FAMILIES = (vit, deit, encoders, hybrid, swin, pvt, pvt_v2, crossvit, convnext)
 KEYMAPS: tuple[KeyMap, ...] = tuple(keymap for family in FAMILIES for keymap in family.KEYMAPS)
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
+FIRST_LAYER = re.compile(r"(patch_embed\d?\.(\d\.)?proj|patch_embed\.backbone\.(0|stem\.conv)|conv1|stem\.0)\.weight")
+"""kernels over pixels of this package's networks"""
+
+
+def is_network(names: Iterable[str]) -> bool:
+    """Whether names of tensors are those of a network, of a known layout or our own, with nothing before them."""
+    names = list(names)
+    return any(map(FIRST_LAYER.fullmatch, names)) or any(keymap.knows(names) for keymap in KEYMAPS)
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> KeyMap | None:

@@ -32,6 +32,7 @@ from vitrail.folder import MAX_NAME
 from vitrail.names import printable, shortened
 from vitrail.weights import torchscript
 from vitrail.weights.shards import INDICES, parts_of
+from vitrail.weights.wrapped import unwrapped
 
 TENSORS = re.compile(
     r"torch (\w+Storage|u?int\d+|b?float\d+\w*|complex\d+|bool|qu?int\d+|per_\w+|Size|device|Tensor)"
@@ -57,13 +58,11 @@ EXPORTED = "archive_format"
 EXPANSION = 20
 """how many times its own bytes an .npz may unpack to: trained weights hardly shrink at all"""
 MOST_TENSORS = 20_000
-MOST_WRAPPERS = 8
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "target_encoder", "encoder",
-            "module", "net", "params")  # fmt: skip
-"""where training scripts put a network's weights, the averaged and the better before the others"""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""what wrappers put before every name: DDP, `torch.compile`, Lightning"""
 FOLDER_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+RUN_FILES = ("model/model.safetensors", "checkpoints/last.ckpt")
+"""what a run of this package leaves: its model, or, before it is done, where it stands"""
 
 
 class CheckpointError(ValueError):
@@ -86,25 +85,31 @@ class Checkpoint:
     """what was taken off, outermost first: `model`, `module.` …"""
     others: tuple[str, ...] = ()
     """what stands beside the weights in the file: optimiser, epoch, other networks"""
+    passed: tuple[str, ...] = ()
+    """other networks in the file, as `part` names them"""
 
 
 def read_checkpoint(path: str | Path, part: str | None = None) -> Checkpoint:
     """The tensors of a file, or of a folder that holds one file of weights, on the CPU.
 
     Where a file holds several networks (averages, a teacher), `part` names the one that is wanted; else the first of
-    `WRAPPERS` that is there. Raises `UnsafeCheckpoint` for what would run code, `CheckpointError` for what cannot be
-    read, each with the path and the reason.
+    `wrapped.WRAPPERS` that is there. Raises `UnsafeCheckpoint` for what would run code, `CheckpointError` for what
+    cannot be read, each with the path and the reason.
     """
     path, kind = _file_of(Path(path)), "a checkpoint"
     try:
         kind = "sharded" if path.name in INDICES else kind_of(path)
-        tensors, wrappers, others = _unwrapped(path, READERS[kind](path), part)
-        _check_tensors(path, tensors)
+        held = READERS[kind](path)
     except CheckpointError:
         raise
     except Exception as error:  # pickle, zip and numpy have more kinds than can be named
         raise CheckpointError(f"{path}: damaged, not readable as {kind} ({_reason(error)}): fetch it again") from None
-    return Checkpoint(path, kind, tensors, wrappers, others)
+    try:
+        found = unwrapped(held, part)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    _check_tensors(path, found.tensors)
+    return Checkpoint(path, kind, *found)
 
 
 def kind_of(path: Path) -> str:
@@ -161,7 +166,7 @@ def _kind_of_pytorch(path: Path, names: list[str]) -> str:
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        found = [path / name for name in (*FOLDER_FILES, *INDICES) if (path / name).is_file()]
+        found = [path / name for name in (*FOLDER_FILES, *INDICES, *RUN_FILES) if (path / name).is_file()]
         if not found:
             raise CheckpointError(f"{path}: a folder of weights holds one of {', '.join(FOLDER_FILES)}: name the file")
         return found[0]
@@ -308,54 +313,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-# ---- from what a file holds to the weights in it
-
-
-def _unwrapped(path: Path, held: Any, part: str | None) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """The innermost dict of tensors, what was around it, and what lay beside it."""
-    wrappers: list[str] = []
-    others: list[str] = []
-    while (key := _wrapper(held, part)) and len(wrappers) < MOST_WRAPPERS:
-        others += [str(name) for name in held if name != key]
-        wrappers.append(key)
-        held, part = held[key], None if key == part else part
-    tensors = _tensors(held)
-    if not tensors or key:
-        raise CheckpointError(f"{path}: there is no state_dict in it, or several ({_contents(held)}): name it by part")
-    if part is not None:
-        raise CheckpointError(f"{path}: there is no part {part!r} in it; beside the weights stand {_contents(others)}")
-    others += [str(name) for name in held if name not in tensors]
-    while len(wrappers) < MOST_WRAPPERS and (prefix := next((p for p in PREFIXES if _all_have(tensors, p)), None)):
-        wrappers.append(prefix)
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors, tuple(wrappers), tuple(others)
-
-
-def _wrapper(held: Any, part: str | None) -> str | None:
-    """The entry of a dict in which the weights stand, or None where they are its own entries."""
-    entries = held.items() if isinstance(held, Mapping) else ()
-    inner = [name for name, value in entries if isinstance(name, str) and _has_tensors(value)]
-    if part in inner:
-        return part
-    known = [name for name in WRAPPERS if name in inner]
-    if known:
-        return known[0]
-    return inner[0] if len(inner) == 1 and not _tensors(held) else None
-
-
-def _has_tensors(held: Any) -> bool:
-    """Whether it is a dict of tensors, or of dicts of tensors."""
-    return isinstance(held, Mapping) and any(isinstance(v, Tensor) or _tensors(v) for v in held.values())
-
-
-def _tensors(held: Any) -> dict[str, Tensor]:
-    """The tensors of a dict that have a name, without what a file may have hung onto them."""
-    entries = held.items() if isinstance(held, Mapping) else ()
-    return {name: Tensor.detach(t) for name, t in entries if isinstance(name, str) and isinstance(t, Tensor)}
-
-
-def _all_have(tensors: Mapping[str, Tensor], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in tensors)
+# ---- what came of it
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -380,13 +338,6 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _is_plain(tensor: Tensor) -> bool:
     strange = tensor.is_quantized or tensor.is_complex() or tensor.is_nested or tensor.device.type != "cpu"
     return type(tensor) is Tensor and tensor.layout == torch.strided and not strange
-
-
-def _contents(held: Any) -> str:
-    """What stands in a file, told briefly."""
-    if not isinstance(held, Mapping | list):
-        return type(held).__name__
-    return ", ".join(printable(str(name)[:60]) for name in list(held)[:8]) or "nothing"
 
 
 def _reason(error: BaseException) -> str:
