@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from vitrail.folder import CONFIG, WEIGHTS, find_folder, read_weights
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
-from vitrail.models.registry import FAMILIES, ROWS, build_model
+from vitrail.models.registry import FAMILIES, ROWS
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, fetch_from_hub, fetch_parts
@@ -30,6 +30,7 @@ from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.shards import INDICES
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
+from vitrail.weights.transformers_networks import network_of
 
 LOCAL = "local-dir:"
 FREE = {
@@ -48,6 +49,20 @@ class Place(NamedTuple):
     repo: str
     """of the hub; empty for a folder or file on this disk"""
     path: Path
+
+
+class Base(NamedTuple):
+    """What a network is made of: a row of the registry, or what stands beside its weights."""
+
+    family: str
+    config: Any
+    row: str = ""
+
+    def built(self, fields: Mapping[str, Any]) -> Backbone:
+        """The network with these fields of its config."""
+        model = FAMILIES[self.family].model(replace(self.config, **fields))
+        model.variant = self.row
+        return model
 
 
 class File(NamedTuple):
@@ -164,6 +179,7 @@ def check_said(model: Backbone, file: File) -> None:
     Raises `CheckpointError`. Epsilons that differ by little are told, for they change answers by little.
     """
     card = file.beside.card
+    _said(file)
     saved = dict(file.beside.fields) if card is None else dict(card.config)
     own = asdict(model.config)
     if card is not None and card.family != model.family:
@@ -193,7 +209,7 @@ def model_of_source(
     source: Source, overrides: Mapping[str, Any], bands: Sequence[str] | None = None, rest: Rest = "mean"
 ) -> Backbone:
     """The row that published weights are for, holding them."""
-    return filled(source.row, read_file(source.fetch()), overrides, source.preprocess, bands, rest)
+    return filled(base_of(source.row), read_file(source.fetch()), overrides, source.preprocess, bands, rest)
 
 
 def model_of_file(
@@ -207,13 +223,38 @@ def model_of_file(
     if is_own(own):
         return load_folder(find_folder(own), overrides, bands, rest)
     file = read_file(path)
-    row = row_of(file)
-    if not row:
+    base = _said(file)
+    if row := row_of(file):
+        base = base_of(row)
+    if base is None:
         raise CheckpointError(
             f"{file.where}: no network here has these shapes; `vitrail inspect` shows the nearest: build it yourself "
             "and use load_weights(model, path)"
         )
-    return filled(row, file, overrides, file.beside.preprocess, bands, rest)
+    return filled(base, file, overrides, file.beside.preprocess, bands, rest)
+
+
+def base_of(row: str) -> Base:
+    """A row of the registry."""
+    return Base(ROWS[row], FAMILIES[ROWS[row]].variants[row], row)
+
+
+def _said(file: File) -> Base | None:
+    """The network that transformers' config beside a file says; None where there is none, or of no family here."""
+    try:
+        found = network_of(file.beside.transformers)
+        if found is None:
+            return None
+        family, said = found
+        _check_plausible(file, said)
+        base = Base(family, FAMILIES[family].config(**said))
+        with torch.device("meta"):
+            base.built({})  # what no config refuses, such as heads that do not divide a width, a network does
+        return base
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(f"{file.where}: {CONFIG} beside it says no network of this package: {error}") from None
 
 
 def row_of(file: File) -> str:
@@ -225,24 +266,23 @@ def row_of(file: File) -> str:
 
 
 def filled(
-    row: str,
+    base: Base,
     file: File,
     overrides: Mapping[str, Any],
     preprocess: Preprocess | None = None,
     bands: Sequence[str] | None = None,
     rest: Rest = "mean",
 ) -> Backbone:
-    """A row with `overrides`, holding a file's weights: with its head, channels and size where nothing else is asked.
+    """A network with `overrides`, holding a file's weights: with its head, channels and size where none is asked for.
 
     Raises `CheckpointError` as `put_in` does.
     """
-    config = FAMILIES[ROWS[row]].variants[row]
-    given = spelled(type(config), overrides, config)
-    said = _plausible(file, config)
+    given = spelled(type(base.config), overrides, base.config)
+    said = _plausible(file, base.config)
     with torch.device("meta"):
-        bare = build_model(row, **said)
+        bare = base.built(said)
     said |= {name: value for name, value in _seen(bare, file.tensors, bands).items() if name not in given}
-    model = build_model(row, **{**said, **given})
+    model = base.built({**said, **given})
     heads = [file.tensors[name] for name in model.head_weights() if name in file.tensors]
     classes = int(heads[0].shape[0]) if heads else 0
     if "num_classes" not in given and model.num_classes != classes:
@@ -255,12 +295,16 @@ def filled(
 def _plausible(file: File, config: Any) -> dict[str, Any]:
     """What stands beside a file, as far as a config has such fields, and its weights could be of such a network."""
     said = {name: value for name, value in file.beside.fields.items() if name in {f.name for f in fields(config)}}
+    _check_plausible(file, said)
+    return said
+
+
+def _check_plausible(file: File, said: Mapping[str, Any]) -> None:
     layers = sum(max(1, n) for name in ("depth", "depths") for n in whole_numbers(said.get(name, 0)))
     largest = max((max(tensor.shape, default=0) for tensor in file.tensors.values()), default=0)
     numbers = [n for name, value in said.items() if name != "img_size" for n in whole_numbers(value)]
     if layers > 2 * len(file.tensors) + 2 or max(numbers, default=0) > max(largest, 1):
         raise CheckpointError(f"{file.where}: what stands beside it describes a larger network than its weights are of")
-    return said
 
 
 def _seen(model: Backbone, tensors: Mapping[str, Tensor], bands: Sequence[str] | None) -> dict[str, Any]:

@@ -21,7 +21,17 @@ from vitrail.models.registry import ROWS, build_model, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
 from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest
-from vitrail.weights.foreign import File, fetched, filled, model_of_file, model_of_source, place_of, put_in, read_file
+from vitrail.weights.foreign import (
+    File,
+    base_of,
+    fetched,
+    filled,
+    model_of_file,
+    model_of_source,
+    place_of,
+    put_in,
+    read_file,
+)
 from vitrail.weights.own import load_folder
 from vitrail.weights.read import CheckpointError
 from vitrail.weights.sources import SOURCES, find_source, near_sources
@@ -180,7 +190,7 @@ def open_weights(source: str, row: str = "") -> Backbone:
     path = Path(source)
     if row:
         file, known = (read_file(path), None) if path.exists() else _named(source, None)
-        return filled(row, file, {}, known or file.beside.preprocess).eval()
+        return filled(base_of(row), file, {}, known or file.beside.preprocess).eval()
     if path.exists():
         return model_of_file(path, {}).eval()
     return create_model(source, pretrained=True).eval()

@@ -19,6 +19,7 @@ from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, M
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
 from vitrail.weights.transformers_configs import ACTIVATIONS
+from vitrail.weights.transformers_networks import KINDS, TOWERS
 
 PROCESSOR = "preprocessor_config.json"
 LONGEST_LIST = 100
@@ -41,6 +42,8 @@ class Sidecar:
     """of a config here, where they cannot be seen in the weights"""
     card: ModelCard | None = None
     """of a model folder of this package"""
+    transformers: Mapping[str, Any] = field(default_factory=dict)
+    """the whole of transformers' config, as it is"""
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -107,10 +110,11 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
         "std": processor.get("image_std"),
         "interpolation": RESAMPLING.get(str(processor.get("resample"))),
     }
-    names = config.get("id2label")
+    whole, config = config, _tower(config)
+    names = whole.get("id2label")
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
     eps = config.get("layer_norm_eps")
-    kind = _name(config.get("model_type"))
+    kind = _name(whole.get("model_type"))
     fields: dict[str, Any] = {}
     if isinstance(eps, float) and 0 < eps < 1:
         fields |= dict.fromkeys(EPSILONS.get(kind, ("norm_eps",)), eps)
@@ -120,7 +124,13 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     if config.get("use_swiglu_ffn") is True:  # DINOv2's gated layers, whatever else is said
         fields["act"] = "silu"
     prepared = _preprocess(given) if _scales_as_here(processor) else None
-    return Sidecar(prepared, _classes(ordered), kind, fields)
+    return Sidecar(prepared, _classes(ordered), kind, fields, transformers=whole)
+
+
+def _tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a model of images and text what reads the images; else the config itself."""
+    kind, tower = _name(config.get("model_type")), config.get("vision_config")
+    return {**KINDS[TOWERS[kind]].usual, **tower} if kind in TOWERS and isinstance(tower, dict) else config
 
 
 def _sizes(processor: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""What `transformers` calls the fields of our configs: a function a family, from a config here to its config.json."""
+"""What `transformers` calls the fields of our configs: a function a family, from a config here to its config.json.
+
+Tables of names are read in the other direction by `transformers_networks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +20,40 @@ ACTIVATIONS = {
     "silu": "silu",
 }
 ELSEWHERE = "write this network as timm or vitrail do"
+
+PLAIN = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "layer_norm_eps": "norm_eps",
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+}
+"""what isotropic networks call our fields"""
+SWIN = {
+    **{name: name for name in ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")},
+    "layer_norm_eps": "norm_eps",
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+}
+SWIN_EPS = 1e-5
+"""of the norms of patches and of merging in transformers' Swin, whatever `layer_norm_eps` is; networks here have one"""
+PYRAMID = {
+    "hidden_sizes": "embed_dims",
+    "depths": "depths",
+    "num_attention_heads": "num_heads",
+    "mlp_ratios": "mlp_ratios",
+    "qkv_bias": "qkv_bias",
+    "layer_norm_eps": "norm_eps",
+    "image_size": "img_size",
+    "num_channels": "in_chans",
+}
+"""what both PVTs call our fields"""
+PVT = PYRAMID | {"sequence_reduction_ratios": "sr_ratios"}
+PVT_V2 = PYRAMID | {"sr_ratios": "sr_ratios", "linear_attention": "linear"}
+PAIRS = ("img_size", "patch_size", "window_size")
 
 SAID = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
@@ -49,16 +86,18 @@ def _plain(c: Any, whose: str, free: Sequence[str] = (), **must: Any) -> dict[st
     for name in (f.name for f in fields(plain) if f.name in must or f.name not in {*SAID, *free}):
         if getattr(c, name) != must.get(name, getattr(plain, name)):
             raise ValueError(f"transformers' {whose} knows no {name}={getattr(c, name)!r}: {ELSEWHERE}")
-    return {
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        "hidden_act": ACTIVATIONS[c.act],
-        "layer_norm_eps": c.norm_eps,
-        "image_size": _square(c.img_size),
-        "patch_size": _square(c.patch_size),
-        "num_channels": c.in_chans,
-    }
+    return _named(c, PLAIN) | {"hidden_act": ACTIVATIONS[c.act]}
+
+
+def _named(c: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Our fields by transformers' names, as JSON has them."""
+    return {theirs: _json(ours, getattr(c, ours)) for theirs, ours in names.items()}
+
+
+def _json(name: str, value: Any) -> Any:
+    if name in PAIRS:
+        return _square(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _hidden(c: Any) -> int:
@@ -194,61 +233,41 @@ def _deit(c: Any) -> dict[str, Any]:
 
 
 def _swin(c: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["SwinForImageClassification"],
-        "model_type": "swin",
-        "embed_dim": c.embed_dim,
-        "depths": list(c.depths),
-        "num_heads": list(c.num_heads),
-        "window_size": _square(c.window_size),
-        "mlp_ratio": c.mlp_ratio,
-        "qkv_bias": c.qkv_bias,
-        "layer_norm_eps": c.norm_eps,
-        "image_size": _square(c.img_size),
-        "patch_size": _square(c.patch_size),
-        "num_channels": c.in_chans,
-    }
+    if c.norm_eps != SWIN_EPS:
+        raise ValueError(
+            f"transformers' Swin has {SWIN_EPS} in some norms, whatever its layer_norm_eps; this network has "
+            f"norm_eps={c.norm_eps} in all: {ELSEWHERE}"
+        )
+    return _named(c, SWIN) | {"architectures": ["SwinForImageClassification"], "model_type": "swin"}
 
 
-def _pyramid(c: Any) -> dict[str, Any]:
+def _pyramid(c: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """What both PVTs share. They have one epsilon for all norms."""
     if c.norm_eps != c.conv_norm_eps:
         raise ValueError(
             f"transformers' PVT has one epsilon; this network has norm_eps={c.norm_eps} and conv_norm_eps="
             f"{c.conv_norm_eps}: make it with both alike, which changes answers by a few millionths"
         )
-    return {
-        "hidden_sizes": list(c.embed_dims),
-        "depths": list(c.depths),
-        "num_attention_heads": list(c.num_heads),
-        "mlp_ratios": list(c.mlp_ratios),
-        "qkv_bias": c.qkv_bias,
-        "layer_norm_eps": c.norm_eps,
-        "image_size": _square(c.img_size),
-        "num_channels": c.in_chans,
-    }
+    return _named(c, names)
 
 
 def _pvt(c: Any) -> dict[str, Any]:
     if c.patch_size != 4:
         raise ValueError(f"transformers' PVT has patches of 4 pixels; this network has {c.patch_size}")
-    return _pyramid(c) | {
+    return _pyramid(c, PVT) | {
         "architectures": ["PvtForImageClassification"],
         "model_type": "pvt",
-        "sequence_reduction_ratios": list(c.sr_ratios),
         "patch_sizes": [c.patch_size, 2, 2, 2],
         "strides": [c.patch_size, 2, 2, 2],
     }
 
 
 def _pvt_v2(c: Any) -> dict[str, Any]:
-    return _pyramid(c) | {
+    return _pyramid(c, PVT_V2) | {
         "architectures": ["PvtV2ForImageClassification"],
         "model_type": "pvt_v2",
-        "sr_ratios": list(c.sr_ratios),
         "patch_sizes": [c.patch_size, 3, 3, 3],
         "strides": [c.stride, 2, 2, 2],
-        "linear_attention": c.linear,
     }
 
 
