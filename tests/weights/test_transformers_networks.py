@@ -15,6 +15,7 @@ from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.research.peers import randomise
 from vitrail.weights.load import create_model, load_weights
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.transformers_configs import CONFIGS, SWIN_EPS
 from vitrail.weights.transformers_networks import KINDS, TOWERS, network_of
 
@@ -109,6 +110,7 @@ def test_the_eye_of_a_clip_folder_is_made_and_its_activation_is_known(tmp_path: 
     ours = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = theirs.visual_projection(theirs.vision_model(images).pooler_output)
+    assert read_sidecar(tmp_path).fields["act"] == "quick_gelu"  # for rows too, whose shapes do not show it
     assert ours.config.act == "quick_gelu" and torch.allclose(ours(images), expected, atol=1e-5)
 
 
