@@ -265,6 +265,36 @@ def test_a_file_is_known_by_its_first_bytes_not_its_ending(shop: Any):
         assert kind_of(path) == kind == read_checkpoint(str(path)).kind
 
 
+@pytest.mark.parametrize("write", ["torch", "legacy", "safetensors"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_an_ending_is_believed_by_nobody(write: str, name: str, shop: Any):
+    state, model = shop.state(), shop.network()
+    load_weights(model, getattr(shop, write)(state, name))
+    assert torch.equal(model.norm.bias, state["norm.bias"])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n",
+            "a pointer of git-lfs, not the weights",
+        ),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a page of the web, not weights"),
+        (b"<HTML><head></head></HTML>", "a page of the web, not weights"),
+    ],
+)
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_what_lies_in_place_of_weights_is_recognised(data: bytes, said: str, name: str, shop: Any):
+    with pytest.raises(CheckpointError, match=f"{said}: .*fetch the"):
+        read_checkpoint(shop.bytes(data, name))
+
+
+def test_a_device_is_no_file():
+    with pytest.raises(CheckpointError, match="/dev/null: weights are read from a file or a folder; this is a device"):
+        read_checkpoint("/dev/null")
+
+
 @pytest.mark.parametrize("name", ["code.pth", "archive_format.pt", "constants.pkl", "exported_program.pth"])
 def test_a_file_may_be_called_as_parts_of_programs_are(name: str, shop: Any):
     assert read_checkpoint(shop.torch(shop.state(), name)).kind == "torch"

@@ -61,6 +61,15 @@ MOST_TENSORS = 20_000
 FOLDER_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
+MOST_START = 64
+STANDINS = {
+    b"version https://git-lfs": "a pointer of git-lfs, not the weights: fetch them with `git lfs pull`",
+    **dict.fromkeys(
+        (b"<!doctype html", b"<html", b"<?xml"),
+        "a page of the web, not weights: the address needs a login, or is of a page about them: fetch the file itself",
+    ),
+}
+"""what lies in place of weights, by its first bytes, and what to do"""
 RUN_FILES = ("model/model.safetensors", "checkpoints/last.ckpt")
 """what a run of this package leaves: its model, or, before it is done, where it stands"""
 
@@ -115,9 +124,11 @@ def read_checkpoint(path: str | Path, part: str | None = None) -> Checkpoint:
 def kind_of(path: Path) -> str:
     """What a file is by its first bytes, and of an archive by what is in it. Raises `CheckpointError`."""
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(MOST_START)
     if not head:
         raise CheckpointError(f"{path}: empty: fetch it again")
+    if said := next((said for start, said in STANDINS.items() if head.lstrip().lower().startswith(start)), None):
+        raise CheckpointError(f"{path}: {said}")
     if head.startswith(ZIP):
         return _kind_of_archive(path)
     size = int.from_bytes(head[:8], "little")
@@ -170,8 +181,12 @@ def _file_of(path: Path) -> Path:
         if not found:
             raise CheckpointError(f"{path}: a folder of weights holds one of {', '.join(FOLDER_FILES)}: name the file")
         return found[0]
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: there is no such file: look at the path")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: weights are read from a file or a folder; this is a device or a pipe: name a file"
+        )
     return path
 
 
@@ -201,8 +216,9 @@ def _without_default(factory: object = None) -> dict[Any, Any]:
 def _read_torch(path: Path) -> Any:
     _check_names(path)
     asides = [(Ignored, name) for name in HARMLESS]
-    with torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict")]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    safe = torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict")])
+    with safe, path.open("rb") as file:  # of a path, torch would believe the ending
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_names(path: Path) -> None:
