@@ -40,7 +40,7 @@ def test_names_of_others_are_known(keymap, tmp_path: Path):
     torch.save(keymap.to_theirs(state), tmp_path / "m.pth")
     told = inspect(tmp_path / "m.pth", "vit_tiny_mlp1_patch4_32")
     assert f"names: {keymap.source}'s" in told and "network: vit_tiny_mlp1_patch4_32, a vit" in told
-    assert told[-1] == "against vit_tiny_mlp1_patch4_32: fits; 80 renamed, 0 resized, 80 in all"
+    assert told[-1] == "against vit_tiny_mlp1_patch4_32: fits; names are translated, 0 resized, 80 in all"
 
 
 def test_rows_of_one_body_are_told_apart_by_their_positions(tmp_path: Path):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import build_model
 from vitrail.research.peers import randomise
+from vitrail.weights.doctor import inspect
 from vitrail.weights.load import create_model, load_model, load_weights
 from vitrail.weights.read import CheckpointError
 
@@ -274,3 +275,53 @@ def test_loaded_weights_are_what_a_model_folder_then_holds(file: Path, trained: 
     model.save_pretrained(tmp_path / "kept")
     kept = load_model(tmp_path / "kept")
     assert same(kept, trained.state_dict())
+
+
+def test_tensors_in_memory_are_no_source(trained: Backbone):
+    with pytest.raises(
+        TypeError, match=r"takes a file, a folder or a name; got OrderedDict: save the .*load_state_dict"
+    ):
+        load_weights(build_model("vit_debug"), trained.state_dict())  # type: ignore[arg-type]
+
+
+def test_a_fresh_head_is_warned_of_and_what_else_became_of_a_file_is_told(file: Path, tmp_path: Path, caplog):
+    with caplog.at_level(logging.INFO, "vitrail"):
+        create_model(f"local-dir:{file}", pretrained=True, num_classes=4, img_size=64)
+        create_model(f"local-dir:{file}", pretrained=True, img_size=64)
+        create_model(f"local-dir:{file}", pretrained=True, num_classes=0)
+    fresh, resized, bare = caplog.records
+    for said in ("fresh: head.weight, head.bias", "resized pos_embed", "taken out of model"):
+        assert said in fresh.message
+    assert "fresh: " not in resized.message and "resized pos_embed" in resized.message
+    assert "not used: head.weight, head.bias" in bare.message
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+
+
+def test_a_fresh_head_of_our_own_folder_is_warned_of_too(trained: Backbone, tmp_path: Path, caplog):
+    trained.save_pretrained(tmp_path / "model")
+    create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=4)
+    (record,) = caplog.records
+    assert "42 tensors; fresh: head.bias, head.weight" in record.message and record.levelname == "WARNING"
+    caplog.clear()
+    create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_warned_of_and_loaded(worst: float, trained: Backbone, tmp_path: Path, caplog):
+    state = copied(trained)
+    state["blocks.1.mlp.fc1.weight"][3, 4] = state["norm.bias"][0] = worst
+    state["norm.weight"].fill_(3e38)  # large, but a number: its sum alone is infinite
+    torch.save(state, tmp_path / "bad.pth")
+    said = "NaN or infinite numbers in 2 of 44 tensors, first in blocks.1.mlp.fc1.weight and 1 more"
+    model = build_model("vit_debug")
+    assert load_weights(model, tmp_path / "bad.pth").lines()[-1] == said
+    assert said in inspect(tmp_path / "bad.pth") and not model.norm.bias.isfinite().all()
+    assert said in caplog.text and caplog.records[-1].levelname == "WARNING"
+
+
+def test_another_epsilon_is_in_the_report(tmp_path: Path):
+    transformers_vit(tmp_path)
+    report = load_weights(build_model("vit_debug"), tmp_path)
+    assert report.lines()[-1] == "made with norm_eps=1e-12, the network has 1e-06: answers differ by little"
+    assert report.lines()[0] == "44 tensors, translated from the names of transformers"

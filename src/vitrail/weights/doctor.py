@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_model
-from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, shape_of
+from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
@@ -127,7 +127,13 @@ def inspect(path: str | Path, model: str | Backbone | None = None, part: str | N
     tensors, source = ours(checkpoint.tensors)
     near = likeness(tensors, favoured(checkpoint.tensors))
     names = [f"names: {source}'s", *_about_dropped(checkpoint)]
-    told = [*_about_file(checkpoint), *names, *_about_network(tensors, near), *_about_sidecar(checkpoint)]
+    told = [
+        *_about_file(checkpoint),
+        *not_finite(checkpoint.tensors),
+        *names,
+        *_about_network(tensors, near),
+        *_about_sidecar(checkpoint),
+    ]
     if model is not None:
         network = build_model(model) if isinstance(model, str) else model
         told += _about_fit(network, checkpoint, tensors, near)
@@ -187,7 +193,7 @@ def _about_fit(model: Backbone, checkpoint: Checkpoint, tensors: dict[str, Tenso
     """Against one network: what fits, and what keeps the rest from it."""
     report = Report(renamed=len(tensors.keys() - checkpoint.tensors.keys()))
     name = model.variant or type(model).__name__
-    renamed = f"{report.renamed} renamed, " if report.renamed else ""
+    renamed = "names are translated, " if report.renamed else ""
     try:
         made = fitted("", model, tensors, report)
     except CheckpointError:

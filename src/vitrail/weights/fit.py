@@ -59,19 +59,24 @@ class Report:
     """what was left as it was, because it was asked for: the head"""
     unused: list[str] = field(default_factory=list)
     """what the network has no place for: somebody's head"""
+    remarks: list[str] = field(default_factory=list)
+    """what else changes answers a little: another epsilon"""
+    faults: list[str] = field(default_factory=list)
+    """what is wrong with the numbers, though they fit"""
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """names for which this package has no use, by what they are: the text tower, a decoder"""
 
     def lines(self) -> list[str]:
         """As they are told."""
-        names = f", {self.renamed} renamed from {self.source}'s" if self.renamed else ""
+        names = f", translated from the names of {self.source}" if self.renamed else ""
         told = [f"{self.taken} tensors{names}"]
         told += [f"taken out of {' > '.join(self.wrappers)}{_not(self.passed)}"] if self.wrappers else []
         told += [*(f"resized {line}" for line in self.resized)]
         told += [f"channels by bands {first(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
         parts = [f"{what} ({len(names)} tensors)" if len(names) > 1 else what for what, names in self.left_out.items()]
-        return told + ([f"not used: {first([*parts, *self.unused])}"] if parts or self.unused else [])
+        told += [f"not used: {first([*parts, *self.unused])}"] if parts or self.unused else []
+        return told + self.remarks + self.faults
 
 
 def _not(passed: Sequence[str]) -> str:
@@ -104,6 +109,7 @@ def fitted(
     body = {name: value for name, value in wanted.items() if name not in report.left}
     check_fit(where, body, made, heads)
     report.taken = len(made)
+    report.faults += not_finite(made)
     kernels, changed = model.pixel_weights(), [name for name, value in made.items() if value is not tensors[name]]
     report.bands = tuple(bands or ()) if any(name in kernels for name in changed) else ()
     report.resized += [
@@ -114,10 +120,20 @@ def fitted(
     return made
 
 
-def tell(where: str, report: Report) -> None:
-    """Tells the logger `vitrail` what became of somebody's tensors, if anything did."""
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """A line that names the first tensor with a NaN or an infinity and says how many there are; none where all is well.
+
+    A sum shows it without memory of its own; a sum that alone is too large is looked at again.
+    """
+    suspect = (name for name, value in weights.items() if value.is_floating_point() and not value.sum().isfinite())
+    bad = [name for name in suspect if not weights[name].isfinite().all()]
+    return [f"NaN or infinite numbers in {len(bad)} of {len(weights)} tensors, first in {first(bad, 1)}"] if bad else []
+
+
+def tell(where: str, report: Report, loud: bool = False) -> None:
+    """Tells the logger `vitrail` what became of tensors, if anything did; faults, or if `loud`, as a warning."""
     if len(lines := report.lines()) > 1 or report.renamed:
-        LOG.info("%s: %s", where, "; ".join(lines))
+        LOG.log(logging.WARNING if loud or report.faults else logging.INFO, "%s: %s", where, "; ".join(lines))
 
 
 def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

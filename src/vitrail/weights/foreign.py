@@ -6,7 +6,6 @@ local-dir:path, hf-hub:org/name ── fetched ──> a file ── read_file �
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -40,7 +39,6 @@ FREE = {
 """fields in which a network may differ from the one that its weights were of: sizes, or what trained nets do not use"""
 EPSILONS = {"norm_eps", "conv_norm_eps"}
 NEAR_EPSILON = 1e-5
-LOG = logging.getLogger("vitrail")
 
 
 class Place(NamedTuple):
@@ -154,7 +152,7 @@ def put_in(
     report = Report(
         source=file.source, renamed=file.renamed, left_out=file.left_out, wrappers=file.wrappers, passed=file.passed
     )
-    check_said(model, file)
+    check_said(model, file, report)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest
     )
@@ -169,14 +167,13 @@ def put_in(
         fitting = len(file.beside.classes) == model.num_classes
         model.classes = file.beside.classes if fitting else ()
     model.images = file.beside.card.images if file.beside.card is not None else ""
-    tell(file.where, report)
     return report
 
 
-def check_said(model: Backbone, file: File) -> None:
+def check_said(model: Backbone, file: File, report: Report) -> None:
     """What no shape shows, such as heads and activations, must be as the file's own config says where there is one.
 
-    Raises `CheckpointError`. Epsilons that differ by little are told, for they change answers by little.
+    Raises `CheckpointError`. Epsilons that differ by little are a remark, for they change answers by little.
     """
     card = file.beside.card
     _said(file)
@@ -191,7 +188,8 @@ def check_said(model: Backbone, file: File) -> None:
     }
     near = {name for name, (a, b) in other.items() if name in EPSILONS and max(a, b) <= NEAR_EPSILON}
     for name in sorted(near):
-        LOG.info("%s: made with %s=%g, the network has %g", file.where, name, other[name][1], other[name][0])
+        made, own_eps = other[name][1], other[name][0]
+        report.remarks.append(f"made with {name}={made:g}, the network has {own_eps:g}: answers differ by little")
     if wrong := sorted(other.keys() - near):
         pairs = ", ".join(f"{name}={other[name][0]!r}, not {other[name][1]!r}" for name in wrong)
         raise CheckpointError(
@@ -240,7 +238,9 @@ def base_of(row: str) -> Base:
 
 
 def _said(file: File) -> Base | None:
-    """The network that transformers' config beside a file says; None where there is none, or of no family here."""
+    """The network that transformers' config says of its file; None where it says none, or the file is another's."""
+    if not file.source.startswith("transformers"):
+        return None
     try:
         found = network_of(file.beside.transformers)
         if found is None:
@@ -288,7 +288,8 @@ def filled(
     if "num_classes" not in given and model.num_classes != classes:
         model.reset_classifier(classes)
     new_head = model.num_classes != classes
-    put_in(model, file, preprocess, new_head=new_head, bands=bands, rest=rest)
+    report = put_in(model, file, preprocess, new_head=new_head, bands=bands, rest=rest)
+    tell(file.where, report, loud=bool(report.left))  # nobody gets this report, and a fresh head answers at random
     return model
 
 

@@ -20,7 +20,7 @@ from vitrail.models.backbone import Backbone
 from vitrail.models.registry import ROWS, build_model, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
 from vitrail.records import Preprocess
-from vitrail.weights.fit import Report, Rest
+from vitrail.weights.fit import Report, Rest, tell
 from vitrail.weights.foreign import (
     File,
     base_of,
@@ -66,8 +66,9 @@ def create_model(
     (`vit_base_patch16_224.dino`), a model that ships with the package, `hf-hub:org/name`, or `local-dir:path`.
     `overrides` are fields of the family's config, in other libraries' spellings too. With `pretrained`, another
     `num_classes` makes a new head, and what belongs to another `img_size`, `patch_size` or window is resized, as the
-    logger `vitrail` is told. For other `in_chans`, `bands` names each channel: kernels of red, green and blue go where
-    those are named, and `rest` says what the others get: the mean of the three, zero, or random numbers.
+    logger `vitrail` is told, of a fresh head by a warning. For other `in_chans`, `bands` names each channel: kernels of
+    red, green and blue go where those are named, and `rest` says what the others get: the mean of the three, zero, or
+    random numbers.
 
     Raises `ValueError` for an unknown name and for weights that do not fit, `TypeError` for an unknown field, each
     naming the nearest, and for a name that is no text; `FetchError` where weights cannot be had.
@@ -126,13 +127,21 @@ def load_weights(
     prepared, where that is known. It is changed only once everything fits.
 
     Raises `CheckpointError` (a `ValueError`) that names what is missing, extra or of a shape that cannot be made to
-    fit, `UnsafeCheckpoint` for a file that would run code, `FetchError` for weights that cannot be had.
+    fit, `UnsafeCheckpoint` for a file that would run code, `FetchError` for weights that cannot be had, `TypeError` for
+    what is neither a path nor a name.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"load_weights takes a file, a folder or a name; got {type(source).__name__}: save the tensors by "
+            "torch.save, or, where their names are this network's own, use model.load_state_dict"
+        )
     if Path(source).exists():
         file, known = read_file(Path(source), part), None
     else:
         file, known = _named(str(source), part)
-    return put_in(model, file, known, new_head=new_head, bands=bands, rest=rest)
+    report = put_in(model, file, known, new_head=new_head, bands=bands, rest=rest)
+    tell(file.where, report)
+    return report
 
 
 def _named(name: str, part: str | None) -> tuple[File, Preprocess | None]:

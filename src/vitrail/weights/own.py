@@ -57,6 +57,8 @@ def load_folder(
         model.preprocess = model.preprocess.replace(img_size=pair(model.config.img_size))
     if classes != model.config.num_classes:
         model.reset_classifier(classes)
+        fresh = sorted(model.head_weights()) if classes else []
+        tell(str(folder), Report(taken=len(model.state_dict()) - len(fresh), left=fresh), loud=bool(fresh))
     return model
 
 
