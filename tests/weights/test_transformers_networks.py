@@ -100,6 +100,14 @@ def test_a_folder_makes_the_network_that_its_config_says(case: str, tmp_path: Pa
 
 
 @torch.no_grad()
+def test_dinov3_with_the_class_token_answers_as_transformers_pools(tmp_path: Path):
+    theirs = theirs_of("DINOv3ViTModel", "dinov3_vit", DINOV3, tmp_path)
+    ours = create_model(f"local-dir:{tmp_path}", pretrained=True, global_pool="token").eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(ours(images), theirs(images).pooler_output, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_eye_of_a_clip_folder_is_made_and_its_activation_is_known(tmp_path: Path):
     text = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=10,
                 bos_token_id=0, eos_token_id=1, pad_token_id=1)  # fmt: skip
@@ -183,6 +191,25 @@ def test_a_damaged_config_is_an_error_that_names_it(said: dict[str, Any], tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json beside it says no network of this package: "):
         create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+HEADS = [
+    ("Dinov2ForImageClassification", "dinov2"),
+    ("Dinov2WithRegistersForImageClassification", "dinov2_with_registers"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), HEADS)
+def test_a_head_that_reads_the_mean_too_is_refused_and_can_be_left_out(name: str, kind: str, tmp_path: Path):
+    theirs = theirs_of(name, kind, PLAIN, tmp_path)
+    with pytest.raises(CheckpointError, match=r"head\.weight: it reads the mean of the patches too\): new_head=True"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+    bare = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(bare(images), theirs.base_model(images).pooler_output, atol=1e-5)
+    fresh = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
+    assert fresh.num_classes == 3
 
 
 def of_swin(folder: Path, **said: Any) -> nn.Module:

@@ -103,8 +103,8 @@ def fitted(
     wanted, made, heads = model.state_dict(), dict(tensors), model.head_weights()
     if new_head or not model.num_classes:
         report.left += [name for name in wanted if name in heads]
-        report.unused += [name for name in made if name in heads]
-        made = {name: value for name, value in made.items() if name not in heads}
+        report.unused += [name for name in made if _is_of(heads, name)]
+        made = {name: value for name, value in made.items() if not _is_of(heads, name)}
     made = at_patches(where, model, at_grids(model, made, tables), bands, rest)
     body = {name: value for name, value in wanted.items() if name not in report.left}
     check_fit(where, body, made, heads)
@@ -152,9 +152,14 @@ def check_fit(
     if not faults:
         return
     found = "; ".join(f"{kind}: {first(names)}" for kind, names in faults.items())
-    only_head = all(name.partition(" ")[0] in heads for names in faults.values() for name in names)
+    only_head = all(_is_of(heads, name) for names in faults.values() for name in names)
     mend = ": new_head=True leaves the network its own head" if only_head else ""
     raise CheckpointError(f"{where}: weights must fit the network exactly; {found}{mend}")
+
+
+def _is_of(heads: Collection[str], name: str) -> bool:
+    """Whether a name, or what is told of it, is of a head: one of ours, or what could not be made one (`keymap`)."""
+    return name.partition(" ")[0] in heads or any(f"(no piece of {head}" in name for head in heads)
 
 
 def misfits(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -28,10 +28,10 @@ def _conv(x: Tensor) -> Tensor:
 
 
 def _class_half(x: Tensor) -> Tensor:
-    classes, patches = x.chunk(2, dim=1)
-    if patches.any():
-        raise ValueError("a head that reads the mean of the patches too")
-    return classes
+    width = x.shape[1] // 2
+    if x[:, width:].any():
+        raise ValueError("it reads the mean of the patches too")
+    return x[:, :width]
 
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -171,7 +171,9 @@ def _joined(ours: str, pieces: list[tuple[Row, str, Tensor]]) -> dict[str, Tenso
     try:
         formed = [FORMS[row.form](tensor) for row, _, tensor in pieces]
         return {ours: torch.cat(formed) if n > 1 else formed[0]}
-    except (RuntimeError, IndexError, ValueError):  # what this layout does not have, or does not go together
+    except ValueError as error:
+        return {f"{name} (no piece of {ours}: {error})": tensor for _, name, tensor in pieces}
+    except (RuntimeError, IndexError):  # what this layout does not have, or does not go together
         return {f"{name} (no piece of {ours})": tensor for _, name, tensor in pieces}
 
 
