@@ -325,3 +325,24 @@ def test_another_epsilon_is_in_the_report(tmp_path: Path):
     report = load_weights(build_model("vit_debug"), tmp_path)
     assert report.lines()[-1] == "made with norm_eps=1e-12, the network has 1e-06: answers differ by little"
     assert report.lines()[0] == "44 tensors, translated from the names of transformers"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_a_folder_of_timm_is_made_as_its_model_args_say(act: str, tmp_path: Path, images: Tensor):
+    models = pytest.importorskip("timm.models")
+    args = dict(img_size=32, patch_size=8, embed_dim=40, depth=2, num_heads=5, qk_norm=True, act_layer=act)
+    theirs = models.create_model("vit_tiny_patch16_224", num_classes=4, **args).eval()
+    randomise(theirs)
+    models.save_for_hf(theirs, str(tmp_path), model_args=args)
+    ours = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("said", [{"act_layer": "hard_mish"}, {"norm_layer": "rmsnorm"}, {"block_fn": "Own"}])
+def test_layers_of_timm_that_no_network_here_has_by_that_name_are_refused(said, trained: Backbone, tmp_path: Path):
+    torch.save(trained.state_dict(), tmp_path / "m.pth")
+    config = {"architecture": "vit_debug", "model_args": {"img_size": 32} | said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"model_args beside it has {next(iter(said))}='\w+', which no network"):
+        create_model(f"local-dir:{tmp_path / 'm.pth'}", pretrained=True)

@@ -157,7 +157,8 @@ def _about_dropped(checkpoint: Checkpoint) -> list[str]:
 
 def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[str]:
     if not near or near[0].share < ALIKE:
-        return ["network: none that is known here"]
+        heads = Counter(name.partition(".")[0] for name in tensors)
+        return [f"network: none that is known here; names begin with {first([*dict(heads.most_common())], 6)}"]
     best = near[0]
     if best.share < 1:
         return [f"network: not one that is known here; the nearest is {best.row} ({best.share:.0%} of its tensors)"]

@@ -19,6 +19,7 @@ from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled
 from vitrail.models.registry import FAMILIES, ROWS
+from vitrail.names import shortened
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, fetch_from_hub, fetch_parts
@@ -37,6 +38,8 @@ FREE = {
     "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "init_values",
 }  # fmt: skip
 """fields in which a network may differ from the one that its weights were of: sizes, or what trained nets do not use"""
+LAYERS = ("_layer", "block_fn")
+"""how the names of timm's arguments end that say which layers a network has: what no shape shows"""
 EPSILONS = {"norm_eps", "conv_norm_eps"}
 NEAR_EPSILON = 1e-5
 
@@ -295,7 +298,13 @@ def filled(
 
 def _plausible(file: File, config: Any) -> dict[str, Any]:
     """What stands beside a file, as far as a config has such fields, and its weights could be of such a network."""
-    said = {name: value for name, value in file.beside.fields.items() if name in {f.name for f in fields(config)}}
+    known, beside = {f.name for f in fields(config)}, file.beside.fields
+    said = {name: value for name, value in beside.items() if name in known}
+    if strange := [name for name in beside if name.endswith(LAYERS)]:
+        raise CheckpointError(
+            f"{file.where}: model_args beside it has {strange[0]}={shortened(beside[strange[0]])}, which no network "
+            "here takes by that name: build it yourself and use load_weights(model, path)"
+        )
     _check_plausible(file, said)
     return said
 

@@ -82,9 +82,9 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
         "crop_mode": said.get("crop_mode"),
     }
     names = config.get("label_names", said.get("label_names"))
-    return Sidecar(
-        _preprocess(given), _classes(names), _name(config["architecture"]), _fields(config.get("model_args"))
-    )
+    args = _fields(config.get("model_args"))
+    args |= {"act": args.pop("act_layer")} if args.get("act_layer") in ACTIVATIONS else {}
+    return Sidecar(_preprocess(given), _classes(names), _name(config["architecture"]), args)
 
 
 def _fields(said: object) -> dict[str, Any]:
