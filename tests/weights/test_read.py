@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from vitrail.models.registry import FAMILIES, build_model
+from vitrail.tasks.classify import Classify
+from vitrail.train.ema import WeightEma
 from vitrail.weights.keymap import KeyMap
 from vitrail.weights.layouts import KEYMAPS
 from vitrail.weights.load import load_weights
@@ -227,6 +229,22 @@ def test_what_was_taken_and_what_was_not_is_reported(shop: Any):
     assert "taken out of averages > task.backbone., not state_dict, which part= names" in report.lines()
     load_weights(model, path, part="state_dict")
     assert torch.equal(model.norm.bias, state["norm.bias"])
+
+
+def test_averages_are_found_where_training_writes_them(shop: Any):
+    task = Classify(shop.network())
+    average = WeightEma(task, decay=0.5)
+    average.on_fit_start(None, None)  # type: ignore[arg-type]
+    weights = prefixed(task.state_dict(), "task.")
+    path = shop.torch({"state_dict": weights, "callbacks": {"WeightEma": average.state_dict()}})
+    assert read_checkpoint(path).wrappers == ("state_dict", "task.backbone.")  # no update yet: they say nothing
+    with torch.no_grad():
+        task.backbone.norm.bias.fill_(3.0)
+    average.update()
+    path = shop.torch({"state_dict": weights, "callbacks": {"WeightEma": average.state_dict()}})
+    found = read_checkpoint(path)
+    assert found.wrappers == ("averages", "task.backbone.") and set(found.tensors) == set(shop.state())
+    assert torch.equal(found.tensors["norm.bias"], average.averages["0.backbone.norm.bias"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
