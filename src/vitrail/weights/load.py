@@ -3,7 +3,7 @@
 create_model("vit_tiny", img_size=32)           fresh weights
 create_model("bloodcells", pretrained=True)     a model that ships with the package
 create_model("vit_base", pretrained=True)       published weights, fetched once
-load_model("runs/demo")                         a folder, ready to answer
+load_model("runs/demo")                         a folder, ours or timm's or transformers', ready to answer
 load_weights(model, "swin_tiny.pth")            anybody's file, into a network that is there
 """
 
@@ -21,9 +21,21 @@ from vitrail.models.registry import ROWS, build_model, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
 from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest
-from vitrail.weights.foreign import File, fetched, filled, model_of_file, model_of_source, place_of, put_in, read_file
+from vitrail.weights.foreign import (
+    LOCAL,
+    File,
+    fetched,
+    filled,
+    is_own,
+    model_of_file,
+    model_of_source,
+    place_of,
+    put_in,
+    read_file,
+)
 from vitrail.weights.own import load_folder
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.sources import SOURCES, find_source, near_sources
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
@@ -60,10 +72,17 @@ def create_model(
     those are named, and `rest` says what the others get: the mean of the three, zero, or random numbers.
 
     Raises `ValueError` for an unknown name and for weights that do not fit, `TypeError` for an unknown field, each
-    naming the nearest, and for a name that is no text; `FetchError` where weights cannot be had.
+    naming the nearest, for a name that is no text, and for a `pretrained` that is a path; `FetchError` where weights
+    cannot be had.
     """
     if not isinstance(name, str):
         raise TypeError(f"create_model takes the name of a model, such as 'vit_tiny'; got {shortened(name)}")
+    if not isinstance(pretrained, bool):
+        raise TypeError(
+            f"pretrained is True, for the weights published for {name}, or False; got {shortened(pretrained)}: a file's "
+            "weights go into a network by load_weights(model, path); create_model('local-dir:path', pretrained=True) "
+            "makes the network that a file or folder is for"
+        )
     overrides = unpacked(overrides)
     if pretrained:
         return _pretrained(name, overrides, bands, rest)
@@ -149,9 +168,14 @@ def say_row(name: str, row: str, img_size: int) -> None:
 def load_model(name_or_path: str | Path) -> Backbone:
     """The network of a model folder, of a run folder, or a shipped one by its name: in evaluation mode, fp32, CPU.
 
-    Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A name wins over a folder of
-    that name; `./name` is the folder. Raises `FolderError` (a `ValueError`) where there is no such model, where files
-    are damaged, and where card and weights do not fit each other; `TypeError` for what is neither name nor path.
+    Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A folder of timm's or
+    transformers' is opened as `create_model("local-dir:…")` does: classes and preprocessing are those of the files
+    beside its weights; where none says how images are prepared, the logger `vitrail` is told what is taken. A name wins
+    over a folder of that name; `./name` is the folder.
+
+    Raises `FolderError` (a `ValueError`) where there is no such model, where files are damaged, and where card and
+    weights do not fit each other; `CheckpointError` (one too) where others' weights are of no network here; `TypeError`
+    for what is neither name nor path.
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"a model is found by a name or a folder's path; got {shortened(name_or_path)}: give one")
@@ -163,13 +187,38 @@ def load_model(name_or_path: str | Path) -> Backbone:
             f"with weights there is {', '.join(SHIPPED)}"
         )
     if (path := Path(name_or_path)).is_file():
-        home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: name {home}")
+        raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: {_way_in(path)}")
+    if _is_of_others(path):
+        return _of_others(path).eval()
     try:
         folder = find_folder(name_or_path)
     except FolderError as error:
         raise FolderError(f"{error}; by name there is {', '.join(SHIPPED)}") from None
     return load_folder(folder).eval()
+
+
+def _way_in(file: Path) -> str:
+    """How to open what a file holds."""
+    home = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    if is_own(home):
+        return f"name {home}"
+    return f"name a folder, or open a file of weights by create_model('{LOCAL}{file}', pretrained=True)"
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a folder says that it is timm's or transformers'."""
+    return path.is_dir() and not is_own(path) and bool(read_sidecar(path).architecture)
+
+
+def _of_others(path: Path) -> Backbone:
+    model = model_of_file(path, {})
+    if read_sidecar(path).preprocess is None:
+        p = model.preprocess
+        LOG.warning(
+            "%s: nothing there says how images are prepared; taken are img_size %s, mean %s, std %s: set "
+            "model.preprocess if they were others", path, p.img_size, p.mean, p.std,
+        )  # fmt: skip
+    return model
 
 
 def open_weights(source: str, row: str = "") -> Backbone:
