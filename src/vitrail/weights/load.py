@@ -79,9 +79,9 @@ def create_model(
         raise TypeError(f"create_model takes the name of a model, such as 'vit_tiny'; got {shortened(name)}")
     if not isinstance(pretrained, bool):
         raise TypeError(
-            f"pretrained is True, for the weights published for {name}, or False; got {shortened(pretrained)}: a file's "
-            "weights go into a network by load_weights(model, path); create_model('local-dir:path', pretrained=True) "
-            "makes the network that a file or folder is for"
+            f"pretrained is True, for the weights published for {name}, or False; got {shortened(pretrained)}: "
+            "load_weights(model, path) puts a file's weights into a network, create_model('local-dir:path', "
+            "pretrained=True) makes the one that a file or folder is for"
         )
     overrides = unpacked(overrides)
     if pretrained:
