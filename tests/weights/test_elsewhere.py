@@ -92,3 +92,10 @@ def test_a_file_of_weights_is_no_model_and_the_way_in_is_told(model: Backbone, t
 def test_a_path_is_no_pretrained(given: object):
     with pytest.raises(TypeError, match=r"pretrained is True.* got .*load_weights\(model, path\).*'local-dir:path'"):
         create_model("vit_debug", pretrained=given)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_called_so_elsewhere_say_what_they_are_here():
+    with pytest.raises(
+        ValueError, match=r"no such model: a repository of the hub is opened by create_model\('hf-hub:a/b"
+    ):
+        create_model("a/b", pretrained=True)

@@ -17,23 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrail.models.registry import FAMILIES, ROWS
+from vitrail.models.registry import FAMILIES, ROWS, TORCHVISION
 from vitrail.weights.transformers_configs import CONFIGS
 
-TORCHVISION = {
-    "vit_base_patch16_224": "vit_b_16",
-    "vit_base_patch32_224": "vit_b_32",
-    "vit_large_patch16_224": "vit_l_16",
-    "vit_large_patch32_224": "vit_l_32",
-    "vit_huge_patch14_224": "vit_h_14",
-    "swin_tiny_patch4_window7_224": "swin_t",
-    "swin_small_patch4_window7_224": "swin_s",
-    "swin_base_patch4_window7_224": "swin_b",
-    "resnet18_224": "resnet18",
-    "resnet50_224": "resnet50",
-    "convnext_tiny_224": "convnext_tiny",
-}
-"""row -> torchvision's name"""
 SOURCES = ("timm", "torchvision", "transformers")
 INSTALL = "pip install 'vitrail[parity]'"
 """the line that installs them"""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vitrail.folder import FolderError, find_folder
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
-from vitrail.models.registry import ROWS, build_model, resolve_name
+from vitrail.models.registry import ROWS, build_model, elsewhere, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
 from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest
@@ -244,7 +244,8 @@ def _is_architecture(name: str) -> bool:
 
 def _no_weights(name: str) -> str:
     shipped = "; ".join(f"{row} ({model.description})" for row, model in SHIPPED.items())
-    found = "" if _is_architecture(name) else f", and no such model: the nearest are {near(name)}"
+    meant = elsewhere(name) or f"the nearest are {near(name)}"
+    found = "" if _is_architecture(name) else f", and no such model: {meant}"
     return (
         f"no weights are known for {name!r}{found}; the package ships {shipped}; published are "
         f"{', '.join(near_sources(name))} and more (`vitrail models --pretrained`); load_model(path) takes any model "
