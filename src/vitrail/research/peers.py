@@ -143,7 +143,15 @@ def _as_state_dict(model: nn.Module, folder: Path) -> Path:
 
 
 def _as_pretrained(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
+    """Without the bars by which transformers shows its progress: tables are read."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar() if shown else None
     return folder
 
 
