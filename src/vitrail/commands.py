@@ -239,12 +239,19 @@ def parity(
     _check_matches(pattern)
     for source in sources or ():
         check_choice("--sources", source, SOURCES)
-    print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
-    for found in parity_table(pattern, sources):
+    rows = 0
+    for rows, found in enumerate(parity_table(pattern, sources), start=1):
+        if rows == 1:
+            print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
         ours, theirs = found.parameters
         count = f"{ours:,}" if ours == theirs else f"{ours:,}, not {theirs:,}"
         size, far = f"{found.size[0]} x {found.size[1]}", f"{found.logits:.1e} | {found.features:.1e}"
         print(f"| {found.row} | {found.source} | {size} | {far} | {found.compared} | {count} |", flush=True)
+    if not rows:
+        asked = ", ".join(sources or SOURCES)
+        raise ValueError(
+            f"there is nothing to hold {pattern!r} against: none of {asked}, if installed, has such a model"
+        )
 
 
 def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:

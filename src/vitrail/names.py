@@ -86,6 +86,13 @@ BY_ROW = dict.fromkeys(
 )  # fmt: skip
 SETTLED = BY_DATA | BY_ROW
 """words of a model that a training run does not take, and why"""
+DONE_OTHERWISE = {
+    "dynamic_img_size": "images of other sizes are always taken",
+    "checkpoint_path": "load_weights(model, path) puts a file's weights into a network",
+    "features_only": "model.features(images) gives the features of any network",
+    "pretrained_cfg": "model.preprocess says how images are prepared, and can be set",
+}
+"""arguments of timm's `create_model`, and what is there in their place"""
 BEGINNING = 3
 """letters that are enough to know a word by"""
 CLOSE = 0.7
@@ -215,6 +222,8 @@ def unpacked(given: Mapping[str, Any]) -> dict[str, Any]:
 def _instead(word: str, known: Collection[str]) -> str:
     if reason := settled(word, known):
         return reason
+    if word in DONE_OTHERWISE and "img_size" in known:
+        return f"leave it out: {DONE_OTHERWISE[word]}"
     close = closest(word, known)
     return f"the nearest is {close}" if close else f"it takes {', '.join(sorted(known)) or 'none'}"
 

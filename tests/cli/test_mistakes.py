@@ -51,6 +51,7 @@ Said = Callable[..., tuple[str, str]]
     ("train --mixup 1e-300", "--mixup must be 0 (off) or lie in [0.001, 1000]; got 1e-300"),
     ("convert bloodcells {tmp} --to keras", "--to must be one of vitrail, timm, transformers; got 'keras'\n"),
     ("parity vit_debug --sources foo", "--sources must be one of timm, torchvision, transformers; got 'foo'\n"),
+    ("parity vit_debug", "nothing to hold 'vit_debug' against: none of timm, torchvision, transformers, if"),
     ("parity nothing*", "no model matches 'nothing*'; the nearest are "),
     ("models nothing*", "no model matches 'nothing*'; the nearest are "),
     ("predict", "vitrail predict needs images"),

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from vitrail.layers.attention import attend, attention_weights
 from vitrail.layers.blocks import LayerScale
 from vitrail.layers.embed import sincos_2d
+from vitrail.models.registry import FAMILIES, build_model
 from vitrail.models.vit import VisionTransformer
 
 WIDTH, PATCH, CHANS = 192, 8, 3
@@ -173,3 +174,17 @@ def test_initial_attention_is_nearly_uniform_through_vit_large() -> None:
     found = entropies(depth=24)
     assert found.shape == (24, 16)
     assert found.min() >= 0.9
+
+
+@pytest.mark.parametrize("row", [next(iter(family.variants)) for family in FAMILIES.values()])
+def test_a_network_without_memory_draws_nothing(row: str):
+    """Tables of models and searches for the row of a file build hundreds."""
+    drawn = {"kaiming_uniform_", "uniform_", "normal_", "erfinv_", "trunc_normal_"}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            assert func.__name__ not in drawn
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), torch.device("meta"):
+        build_model(row)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from vitrail.models.config import spelled
-from vitrail.models.registry import FAMILIES, ROWS, build_from_config, build_model, list_models, resolve_name
+from vitrail.models.registry import (
+    FAMILIES,
+    ROWS,
+    TORCHVISION,
+    build_from_config,
+    build_model,
+    list_models,
+    resolve_name,
+)
 from vitrail.models.vit import VisionTransformer
 from vitrail.models.vit_config import VARIANTS, ViTConfig
 from vitrail.names import AMBIGUOUS, MODEL_SPELLINGS
@@ -248,3 +256,30 @@ def test_a_hidden_width_is_a_ratio_of_the_rows_own_width() -> None:
 def test_spelled_knows_no_more_than_the_fields() -> None:
     assert spelled(ViTConfig, dict(heads=3, pool="mean")) == dict(num_heads=3, global_pool="avg")
     assert list(inspect.signature(ViTConfig).parameters) == [f.name for f in fields(ViTConfig)]
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("vit_b_16", "there is no model 'vit_b_16'; torchvision's vit_b_16 is vit_base_patch16_224 here$"),
+    ("swin_t", "torchvision's swin_t is swin_tiny_patch4_window7_224 here$"),
+    ("google/vit-base-patch16-224",
+     r"; a repository of the hub is opened by create_model\('hf-hub:google/vit-base-patch16-224', pretrained=True\)$"),
+])  # fmt: skip
+def test_a_name_from_elsewhere_says_what_it_is_here(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(name)
+
+
+@pytest.mark.parametrize("row", TORCHVISION)
+def test_torchvisions_names_are_of_rows(row: str) -> None:
+    assert row in ROWS
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("dynamic_img_size", "has no argument 'dynamic_img_size'; leave it out: images of other sizes are always"),
+    ("checkpoint_path", r"leave it out: load_weights\(model, path\) puts a file's weights into a network$"),
+    ("features_only", r"leave it out: model.features\(images\) gives the features of any network$"),
+    ("pretrained_cfg", "leave it out: model.preprocess says how images are prepared, and can be set$"),
+])  # fmt: skip
+def test_arguments_of_timm_that_are_something_else_here_say_what(word: str, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        build_model("vit_debug", **{word: True})

@@ -127,3 +127,13 @@ def test_an_encoder_is_held_against_transformers(row: str, monkeypatch: pytest.M
     assert all(each.compared == 2 and each.logits < 1e-5 and each.features < 1e-5 for each in found)
     resized = "dinov3" in row or "reg4" in row  # the others by ways of transformers' own, or not
     assert len(found) == 1 + resized
+
+
+def test_transformers_writes_without_bars_and_has_them_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    logging_of_theirs = pytest.importorskip("transformers.utils").logging
+    logging_of_theirs.enable_progress_bar()
+    peer = build_peer("pvt_tiny", "transformers")
+    assert peer is not None
+    peer.save(peer.model, tmp_path)
+    assert "shards" not in capfd.readouterr().err
+    assert logging_of_theirs.is_progress_bar_enabled()

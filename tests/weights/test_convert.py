@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from vitrail.records import Preprocess
 from vitrail.research.peers import randomise
 from vitrail.weights.convert import LAYOUTS, convert
 from vitrail.weights.load import create_model
+from vitrail.weights.timm_configs import from_timm
 
 SEEN = Preprocess(img_size=(32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode="squash")
 
@@ -132,25 +135,91 @@ def test_transformers_opens_what_is_written_for_it(model: Backbone, tmp_path: Pa
     assert torch.allclose(prepared, SEEN.normalise(picture), atol=1e-5)
 
 
-def test_what_a_library_has_no_word_for_is_refused_and_nothing_is_written(tmp_path: Path):
-    for layout, options in (("timm", {"norm": "rmsnorm"}), ("transformers", {"reg_tokens": 2})):
-        with pytest.raises(ValueError, match="takes no norm='rmsnorm'|knows no reg_tokens=2"):
-            convert(build_model("vit_debug", **options), tmp_path / "out", layout)
-    for layout in ("timm", "transformers"):
-        with pytest.raises(ValueError, match=f"{layout} has no resnet of these names: write it as .*vitrail.* do"):
-            convert(build_model("resnet_debug"), tmp_path / "out", layout)
+FOR_TIMM: dict[str, tuple[str, dict[str, Any], str]] = {
+    "eva": ("eva02_debug", {}, "eva02_tiny_patch14_224"),
+    "eva, positions": ("eva02_tiny_patch4_32", {"depth": 2}, "eva02_tiny_patch14_224"),
+    "dinov3": ("vit_small_patch16_dinov3", {"depth": 1, "img_size": 64, "reg_tokens": 2}, "vit_small_patch16_dinov3"),
+    "resnet18": ("resnet18_224", {"img_size": 64, "in_chans": 4}, "resnet18"),
+    "resnet50": ("resnet50_224", {"img_size": 64, "depths": (1, 1, 1, 1)}, "resnet50"),
+    "convnext": ("convnext_tiny_224", {"img_size": 64, "embed_dim": 12, "depths": (1, 1, 2, 1)}, "convnext_tiny"),
+    "beit": ("beit_tiny_patch4_32", {}, "beit_base_patch16_224"),
+    "beit, no LayerScale": ("beit_debug", {"init_values": None, "global_pool": "token"}, "beit_base_patch16_224"),
+    "cait": ("cait_xxs_patch4_32", {}, "cait_s24_224"),
+    "cait, pooled": ("cait_debug", {"global_pool": "avg", "mlp_ratio_token_only": 2.0}, "cait_s24_224"),
+    "crossvit": ("crossvit_tiny_patch4_32", {}, "crossvit_15_240"),
+    "crossvit, cut": ("crossvit_debug", {"global_pool": "avg", "crop_scale": True}, "crossvit_15_240"),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"depth": 2, "img_size": 64}, "vit_tiny_r_s16_p8_224"),
+    "swin": ("swin_debug", {}, "swin_base_patch4_window7_224"),
+    "activation": ("vit_debug", {"act": "relu"}, "vit_base_patch16_224"),
+    "gated": ("vit_debug", {"mlp": "swiglu_packed", "act": "silu"}, "vit_giant_patch14_dinov2"),
+    "no distillation": ("deit_debug", {"distilled": False}, "deit_tiny_patch16_224"),
+}
+"""a row, what is asked of it, and the network of timm's that it is told from"""
+UNSEEN = {"resnet", "convnext"}
+"""families whose weights do not tell the size of images"""
+
+
+@pytest.mark.parametrize("case", FOR_TIMM)
+@torch.no_grad()
+def test_timm_answers_alike_and_what_it_is_told_comes_back(case: str, tmp_path: Path):
+    timm = pytest.importorskip("timm")
+    row, options, architecture = FOR_TIMM[case]
+    model = build_model(row, **options).eval()
+    randomise(model)
+    folder = convert(model, tmp_path / "out", "timm")
+    assert json.loads((folder / "config.json").read_text())["architecture"] == architecture
+    images = torch.randn(2, model.preprocess.in_chans, *model.config.img_size)
+    answer = model(images)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert float((theirs(images) - answer).abs().max() / answer.abs().max()) <= 1e-5
+    again = create_model(f"local-dir:{folder}", pretrained=True).eval()
+    size = {"img_size": model.config.img_size} if model.family in UNSEEN else {}
+    assert replace(again.config, **size) == model.config
+    assert torch.equal(again(images), answer)
+
+
+def test_layer_scale_of_nothing_at_first_is_layer_scale_at_timm_too(tmp_path: Path):
+    timm = pytest.importorskip("timm")
+    folder = convert(build_model("beit_debug", init_values=0.0), tmp_path / "out", "timm")
+    assert "blocks.0.gamma_1" in timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+
+
+@pytest.mark.parametrize(("layout", "row", "options", "message"), [
+    ("timm", "vit_debug", {"norm": "rmsnorm"}, r"takes no norm='rmsnorm' \(norms are given there as code"),
+    ("timm", "vit_debug", {"norm_eps": 1e-12},
+     r"takes no norm_eps=1e-12 \(a norm's epsilon stands there in code.*\): write it with --to vitrail or --to trans"),
+    ("timm", "vit_debug", {"pos_embed": "sincos"}, "takes no pos_embed='sincos': write it with --to vitrail$"),
+    ("timm", "resnet18_32", {}, r"timm's resnet18 takes no stem='small' \(its ResNet begins with a convolution of 7 x"),
+    ("timm", "resnet_debug", {}, r"takes no embed_dim=8 \(its ResNet begins with 64 channels\): .* --to vitrail$"),
+    ("timm", "convnext_debug", {}, r"convnext_tiny takes no depths=\(1, 2, 1\) \(its ConvNeXt has four stages\)"),
+    ("timm", "convnext_debug", {"depths": (1, 1, 1, 1)}, r"takes no patch_size=2 \(where patches have 2 pixels, its f"),
+    ("timm", "pvt_v2_b0_32", {}, r"takes no patch_size=3 \(its first patches have 7 pixels a side, every 4 pixels\)"),
+    ("timm", "hybrid_debug", {}, r"takes no stem_depths=\(1,\): write it with --to vitrail$"),
+    ("timm", "pvt_debug", {}, "timm has no networks of the family pvt: write it with --to vitrail$"),
+    ("timm", "pvt_debug", {"conv_norm_eps": 1e-6, "patch_size": 4}, "with --to vitrail or --to transformers$"),
+    ("transformers", "resnet_debug", {}, "family resnet are not written for transformers: .* --to vitrail$"),
+    ("transformers", "resnet18_224", {}, "are not written for transformers: write it with --to vitrail or --to timm$"),
+    ("transformers", "vit_debug", {"reg_tokens": 2}, "ViT knows no reg_tokens=2: .* --to vitrail or --to timm$"),
+    ("transformers", "swin_debug", {"norm_eps": 1e-6},
+     "has 1e-05 in some norms, whatever its layer_norm_eps; this network has norm_eps=1e-06 in all"),
+    ("transformers", "pvt_v2_b0", {},
+     r"norm_eps=1e-06 and conv_norm_eps=1e-05: make it by create_model\(…, conv_norm_eps=1e-06\).*, or write it with"),
+])  # fmt: skip
+def test_what_a_library_has_no_word_for_is_refused_and_only_what_works_is_advised(
+    layout: str, row: str, options: dict[str, Any], message: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        convert(build_model(row, **options), tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()
 
 
-@torch.no_grad()
-def test_timm_opens_eva_and_is_told_of_no_other(tmp_path: Path):
-    timm = pytest.importorskip("timm")
-    model = build_model("eva02_tiny_patch14_224", img_size=56).eval()
-    theirs = timm.create_model(f"local-dir:{convert(model, tmp_path / 'out', 'timm')}", pretrained=True).eval()
-    images = torch.randn(1, 3, 56, 56)
-    assert torch.allclose(theirs(images), model(images), atol=1e-5)
-    with pytest.raises(ValueError, match="timm's eva02_base_patch14_224 takes no depth=3: write it as vitrail or"):
-        convert(build_model("eva02_debug"), tmp_path / "other", "timm")
+def test_words_of_timm_that_are_strange_are_left_unknown():
+    assert from_timm("crossvit_15_240", {"depth": 3, "embed_dim": (8, 16)}) == (
+        "crossvit_15_240",
+        {"embed_dim": (8, 16)},
+    )
+    assert from_timm("convnext_tiny", {"dims": ()}) == ("convnext_tiny_224", {})
+    assert from_timm("nobody", {"dims": (8,)}) == ("nobody", {"dims": (8,)})
 
 
 def test_a_folder_that_holds_something_is_left_alone(model: Backbone, tmp_path: Path):

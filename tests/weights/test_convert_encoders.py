@@ -145,25 +145,25 @@ def test_gated_layers_of_dinov2_are_gated_by_silu_whatever_their_config_calls_it
 
 
 @pytest.mark.parametrize(("case", "changes", "message"), [
-    ("DINOv2", {"qk_norm": True}, "transformers' DINOv2 knows no qk_norm=True: write this network as timm or"),
+    ("DINOv2", {"qk_norm": True}, "DINOv2 knows no qk_norm=True: write it with --to vitrail or --to timm$"),
     ("DINOv2", {"reg_tokens": 2}, "transformers' DINOv2 knows no no_embed_class=False"),
     ("DINOv2", {"mlp_ratio": 2.5}, "has hidden layers by a whole mlp_ratio; this network's are 120 wide for embed_dim"),
     ("DINOv2, gated", {"mlp_ratio": 5.0}, "has hidden layers by a whole mlp_ratio; this network's are 120 wide"),
-    ("DINOv2", {"img_size": (32, 48)}, "transformers' DINOv2 has a square img_size; got 32 x 48: write this network"),
+    ("DINOv2", {"img_size": (32, 48)}, "transformers' DINOv2 has a square img_size; got 32 x 48: write it with --to"),
     ("DINOv2", {"patch_size": (8, 16)}, "transformers' DINOv2 has a square patch_size; got 8 x 16"),
     ("CLIP", {"qkv_bias": False}, "transformers' CLIP knows no qkv_bias=False"),
     ("CLIP", {"img_size": (32, 48)}, "transformers' CLIP has a square img_size"),
-    ("SigLIP", {"num_classes": 3}, r"SigLIP has no head, and this network one of 3 classes: .* reset_classifier\(0\)"),
+    ("SigLIP", {"num_classes": 3}, r"SigLIP has no head, and .* 3 classes: .* reset_classifier\(0\), or write"),
     ("SigLIP", {"class_token": True}, "transformers' SigLIP knows no class_token=True"),
     ("SigLIP", {"img_size": (32, 48)}, "transformers' SigLIP has a square img_size"),
-    ("BEiT", {"init_values": None}, r"BEiT has LayerScale, and this network none \(init_values=None\): write this"),
+    ("BEiT", {"init_values": None}, r"LayerScale, and this network none \(init_values=None\): write it with --to"),
     ("BEiT", {"rel_pos_bias": False}, "transformers' BEiT knows no rel_pos_bias=False"),
     ("BEiT", {"pos_embed": "learn"}, "transformers' BEiT knows no pos_embed='learn'"),
     ("BEiT", {"img_size": (32, 48)}, "transformers' BEiT has a square img_size"),
     ("DINOv3", {"num_classes": 3}, "transformers' DINOv3 has no head, and this network one of 3 classes: leave it"),
     ("DINOv3", {"init_values": None}, "transformers' DINOv3 has LayerScale, and this network none"),
     ("DINOv3", {"reg_tokens": 0}, r"DINOv3 has register tokens, and this network none \(reg_tokens=0\): write"),
-    ("DINOv3", {"rope": "axial"}, r"transformers has no EVA-02 \(rope='axial'\): write this network as timm"),
+    ("DINOv3", {"rope": "axial"}, r"transformers has no EVA-02 \(rope='axial'\): write it with --to vitrail$"),
     ("DINOv3", {"mlp": "swiglu_packed", "act": "silu"}, "transformers' DINOv3 knows no mlp='swiglu_packed'"),
 ])  # fmt: skip
 def test_what_an_encoder_of_transformers_cannot_be_is_refused(

@@ -223,3 +223,29 @@ def test_published_weights_by_their_name(hub: Hub, shop: Any):
     assert other.head.weight.shape == (3, 192) and other.pos_embed.shape == (1, 37, 192)
     assert other.preprocess.img_size == (96, 96)
     assert hub.asked().count("model.safetensors") == 3  # looked for, fetched, looked for again
+
+
+def test_a_hub_that_cannot_be_reached_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, shop: Any):
+    """The other names are looked for in the cache alone."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[tuple[str, bool]] = []
+    held: dict[str, Path] = {}
+
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        asked.append((name, local_files_only))
+        if name not in held:
+            raise LocalEntryNotFoundError("no network")
+        return str(held[name])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(
+        FetchError, match=r"org/x: model.safetensors is not in the hub's cache, and the hub could not be"
+    ):
+        create_model("hf-hub:org/x", pretrained=True)
+    assert len(asked) > 3 and [name for name, cached in asked if not cached] == ["model.safetensors"]
+    asked.clear()
+    held["pytorch_model.bin"] = shop.torch(build_model("vit_debug").state_dict(), "pytorch_model.bin")
+    assert create_model("hf-hub:org/x", pretrained=True).variant == "vit_debug"
+    assert [name for name, cached in asked if not cached] == ["model.safetensors"]

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitrail import folder
 from vitrail.layers.embed import Filter, Size, pair
@@ -32,6 +33,8 @@ from vitrail.layers.tokens import as_map, keep_tokens
 from vitrail.records import ModelCard, Preprocess
 
 LOG = logging.getLogger("vitrail")
+DRAWS = {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
+"""what PyTorch's own leaves draw their first weights by, and lets be overridden"""
 
 
 class Features(NamedTuple):
@@ -319,8 +322,16 @@ def drawn_once(model: Backbone) -> Iterator[None]:
     By themselves they would each draw weights first that `init_weights` then draws again.
     """
     device = torch.get_default_device()
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         yield
     if device.type != "meta":
         model.to_empty(device=device)
-    model.init_weights()
+        model.init_weights()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves the drawing of weights out: without memory it changes nothing, and takes most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs)

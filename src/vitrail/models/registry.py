@@ -61,6 +61,20 @@ FAMILIES: dict[str, Family] = {
 }
 ROWS: dict[str, str] = {row: name for name, family in FAMILIES.items() for row in family.variants}
 """row -> family"""
+TORCHVISION = {
+    "vit_base_patch16_224": "vit_b_16",
+    "vit_base_patch32_224": "vit_b_32",
+    "vit_large_patch16_224": "vit_l_16",
+    "vit_large_patch32_224": "vit_l_32",
+    "vit_huge_patch14_224": "vit_h_14",
+    "swin_tiny_patch4_window7_224": "swin_t",
+    "swin_small_patch4_window7_224": "swin_s",
+    "swin_base_patch4_window7_224": "swin_b",
+    "resnet18_224": "resnet18",
+    "resnet50_224": "resnet50",
+    "convnext_tiny_224": "convnext_tiny",
+}
+"""row -> torchvision's name"""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -109,10 +123,16 @@ def resolve_name(name: str, img_size: int = 224) -> str:
     short = {row: re.sub(r"(_patch\d+)?(_window\d+)?_\d+$", "", row) for row in ROWS}
     rows = [row for row in ROWS if short[row] == name]
     if not rows:
-        raise ValueError(
-            f"there is no model {name!r}; the nearest are {', '.join(nearest(name, {*short.values(), *ROWS}))}"
-        )
+        near = ", ".join(nearest(name, {*short.values(), *ROWS}))
+        raise ValueError(f"there is no model {name!r}; {elsewhere(name) or f'the nearest are {near}'}")
     return min(rows, key=lambda row: abs(math.log(native_size(row) / img_size)))
+
+
+def elsewhere(name: str) -> str:
+    """What is called `name` elsewhere, in our words; empty where nothing is known to be."""
+    if "/" in name:
+        return f"a repository of the hub is opened by create_model('hf-hub:{name}', pretrained=True)"
+    return next((f"torchvision's {name} is {row} here" for row, theirs in TORCHVISION.items() if theirs == name), "")
 
 
 def native_size(row: str) -> int:

@@ -17,23 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrail.models.registry import FAMILIES, ROWS
+from vitrail.models.registry import FAMILIES, ROWS, TORCHVISION
 from vitrail.weights.transformers_configs import CONFIGS
 
-TORCHVISION = {
-    "vit_base_patch16_224": "vit_b_16",
-    "vit_base_patch32_224": "vit_b_32",
-    "vit_large_patch16_224": "vit_l_16",
-    "vit_large_patch32_224": "vit_l_32",
-    "vit_huge_patch14_224": "vit_h_14",
-    "swin_tiny_patch4_window7_224": "swin_t",
-    "swin_small_patch4_window7_224": "swin_s",
-    "swin_base_patch4_window7_224": "swin_b",
-    "resnet18_224": "resnet18",
-    "resnet50_224": "resnet50",
-    "convnext_tiny_224": "convnext_tiny",
-}
-"""row -> torchvision's name"""
 SOURCES = ("timm", "torchvision", "transformers")
 INSTALL = "pip install 'vitrail[parity]'"
 """the line that installs them"""
@@ -157,7 +143,15 @@ def _as_state_dict(model: nn.Module, folder: Path) -> Path:
 
 
 def _as_pretrained(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
+    """Without the bars by which transformers shows its progress: tables are read."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar() if shown else None
     return folder
 
 

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from vitrail.names import check_choice
 from vitrail.records import Preprocess
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
 from vitrail.weights.sources import SOURCES
-from vitrail.weights.transformers_configs import CONFIGS
+from vitrail.weights.timm_configs import ARGS, NAMES, SAME, to_timm
+from vitrail.weights.transformers_configs import CONFIGS, Unsaid
 from vitrail.weights.transformers_names import to_transformers
 
 PILLOW = {name: int(number) for number, name in RESAMPLING.items()}
@@ -40,27 +40,24 @@ TIMM = {
     "hybrid": "vit_base_r50_s16_224",
     "beit": "beit_base_patch16_224",
     "eva": "eva02_base_patch14_224",
+    "resnet": "resnet50_224",
+    "convnext": "convnext_tiny_224",
 }
-"""by family, a row that timm has by the same name and config, to be told from with `model_args`"""
-OF_TIMM = {source.row for source in SOURCES.values() if source.place.startswith("hub:timm/")}
+"""by family, the row of timm's that a network of no row is told from first, with `model_args`"""
+OF_TIMM = {source.row for source in SOURCES.values() if source.place.startswith("hub:timm/")} | set(NAMES)
 """rows that timm has"""
-SHAPE = {"img_size", "in_chans", "num_heads", "mlp_ratio", "qkv_bias"}
-ARGS = {
-    "vit": SHAPE | {"patch_size", "embed_dim", "depth", "qk_norm", "init_values", "class_token", "reg_tokens",
-                    "no_embed_class", "global_pool"},
-    "deit": SHAPE | {"patch_size", "embed_dim", "depth"},
-    "swin": SHAPE | {"patch_size", "embed_dim", "depths", "window_size"},
-    "cait": SHAPE | {"patch_size", "embed_dim", "depth", "depth_token_only"},
-    "pvt_v2": SHAPE - {"img_size", "mlp_ratio"} | {"embed_dims", "depths", "mlp_ratios", "sr_ratios", "linear"},
-    "crossvit": {"img_size", "in_chans"},
-    "hybrid": {"img_size", "in_chans"},
-    "beit": {"img_size", "in_chans"},
-    "eva": {"img_size", "in_chans"},
-}  # fmt: skip
-"""fields that timm's constructor of a family takes by the same name, in the same sense"""
-SAME = {"attn", "num_classes", "dynamic_pad", "img_size", "drop_rate", "pos_drop_rate", "proj_drop_rate",
-        "attn_drop_rate", "drop_path_rate"}  # fmt: skip
-"""fields that change no answer of a trained network, or are written elsewhere"""
+EPS = "a norm's epsilon stands there in code, and no config.json can say another"
+WHY = {
+    **{(family, "norm_eps"): EPS for family in TIMM},
+    ("vit", "norm"): "norms are given there as code, and no config.json can name them",
+    ("pvt_v2", "patch_size"): "its first patches have 7 pixels a side, every 4 pixels",
+    ("resnet", "stem"): "its ResNet begins with a convolution of 7 x 7 at every second pixel, and pooling",
+    ("resnet", "embed_dim"): "its ResNet begins with 64 channels",
+    ("convnext", "depths"): "its ConvNeXt has four stages",
+    ("convnext", "patch_size"): "where patches have 2 pixels, its first stage halves the map too",
+}
+"""by family and field, why timm cannot be told, where that is not plain"""
+FILES = Mapping[str, dict[str, Any]]
 
 
 def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
@@ -75,31 +72,68 @@ def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FolderError(f"{path} holds something already: name a new folder")
     model.check_savable()
-    return LAYOUTS[layout](model, path)
+    if layout == "vitrail":
+        return model.save_pretrained(path)
+    try:
+        said, tensors = OTHERS[layout](model)
+    except Unsaid as error:
+        ways = " or ".join(f"--to {other}" for other in LAYOUTS if other != layout and _can_be(other, model))
+        raise ValueError(f"{error}{', or' if error.mend else ':'} write it with {ways}") from None
+    with whole_folder(path) as fresh:
+        save_tensors(tensors, fresh / WEIGHTS)
+        for name, values in said.items():
+            (fresh / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
-def _ours(model: Backbone, path: Path) -> Path:
-    return model.save_pretrained(path)
+def _can_be(layout: str, model: Backbone) -> bool:
+    """Whether the network can be written so: what is advised must work."""
+    if layout == "vitrail":
+        return True
+    try:
+        OTHERS[layout](model)
+    except ValueError:
+        return False
+    return True
 
 
-def _timm(model: Backbone, path: Path) -> Path:
+def _timm(model: Backbone) -> tuple[FILES, dict[str, Tensor]]:
     if model.family not in TIMM:
-        raise ValueError(f"timm has no {model.family} of these names: write it as vitrail or transformers do")
-    row = model.variant if model.variant in OF_TIMM else TIMM[model.family]
-    own, usual = asdict(model.config), asdict(FAMILIES[model.family].variants[row])
-    changed = {name: value for name, value in own.items() if value != usual[name]}
-    if strange := sorted(changed.keys() - ARGS[model.family] - SAME):
-        raise ValueError(
-            f"timm's {row} takes no {strange[0]}={own[strange[0]]!r}: write it as vitrail or transformers do"
-        )
+        raise Unsaid(f"timm has no networks of the family {model.family}")
+    row, changed = _nearest_of_timm(model)
+    if strange := _strange(model, changed):
+        why = WHY.get((model.family, strange[0]), "")
+        raise Unsaid(f"timm's {NAMES.get(row, row)} takes no {strange[0]}={changed[strange[0]]!r}{why and f' ({why})'}")
     said = {
-        "architecture": row,
+        "architecture": NAMES.get(row, row),
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model),
-        "model_args": {name: value for name, value in changed.items() if name in ARGS[model.family]},
+        "model_args": to_timm(model.family, changed),
     }
-    return _write(model, path, {CONFIG: said}, dict)
+    return {CONFIG: said}, _tensors(model)
+
+
+def _nearest_of_timm(model: Backbone) -> tuple[str, dict[str, Any]]:
+    """The row of timm's from which the fewest fields differ that cannot be told, and all that differ from it."""
+    rows = [model.variant, TIMM[model.family], *FAMILIES[model.family].variants]
+    own, others = asdict(model.config), {}
+    for row in (row for row in rows if row in OF_TIMM):
+        usual = asdict(FAMILIES[model.family].variants[row])
+        others[row] = {name: value for name, value in own.items() if value != usual[name]}
+    return min(others.items(), key=lambda item: len(_strange(model, item[1])))
+
+
+def _strange(model: Backbone, changed: Mapping[str, Any]) -> list[str]:
+    """Fields that timm cannot be told. Its ConvNeXt has four stages."""
+    strange = changed.keys() - ARGS[model.family] - SAME
+    if model.family == "convnext" and len(model.config.depths) != 4:
+        strange |= {"depths"}
+    return sorted(strange)
+
+
+def _tensors(model: Backbone) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in model.plain_state().items()}
 
 
 def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
@@ -117,9 +151,9 @@ def _pretrained_cfg(model: Backbone) -> dict[str, Any]:
     return said | ({"label_names": list(model.classes)} if model.classes else {})
 
 
-def _transformers(model: Backbone, path: Path) -> Path:
+def _transformers(model: Backbone) -> tuple[FILES, dict[str, Tensor]]:
     if model.family not in CONFIGS:
-        raise ValueError(f"transformers has no {model.family} of these names: write it as timm or vitrail do")
+        raise Unsaid(f"networks of the family {model.family} are not written for transformers")
     names = dict(enumerate(model.classes or [f"LABEL_{i}" for i in range(model.num_classes)]))
     said = CONFIGS[model.family](model.config) | {
         "num_labels": model.num_classes,
@@ -138,7 +172,7 @@ def _transformers(model: Backbone, path: Path) -> Path:
         "image_mean": list(p.mean),
         "image_std": list(p.std),
     }
-    return _write(model, path, {CONFIG: said, PROCESSOR: processor}, partial(to_transformers, said["model_type"]))
+    return {CONFIG: said, PROCESSOR: processor}, to_transformers(said["model_type"], _tensors(model))
 
 
 def _known(model: Backbone, library: str) -> Preprocess:
@@ -153,36 +187,26 @@ def _known(model: Backbone, library: str) -> Preprocess:
 def _crop(p: Preprocess) -> dict[str, Any]:
     """transformers' words for the size: a picture pressed into it, or one cut out of a picture of a whole short side.
 
-    Raises `ValueError` where the words would not make the same pixels.
+    Raises `Unsaid` where the words would not make the same pixels.
     """
     height, width = p.img_size
     size = {"height": height, "width": width}
     if p.crop_mode == "squash":
         if p.crop_pct != 1:
-            raise ValueError(f"transformers knows no crop_pct={p.crop_pct} of a squashed picture: set crop_pct=1.0")
+            raise Unsaid(f"transformers knows no crop_pct={p.crop_pct} of a squashed picture", "set crop_pct=1.0")
         return {"size": size, "do_center_crop": False}
     if height != width:
-        raise ValueError(
-            f"transformers cuts out of a short side, which is not how {height} x {width} is cut out here: set "
-            "crop_mode='squash' of model.preprocess, or write it as timm or vitrail do"
+        raise Unsaid(
+            f"transformers cuts out of a short side, which is not how {height} x {width} is cut out here",
+            "set crop_mode='squash' of model.preprocess",
         )
     edge = math.floor(height / p.crop_pct)  # as `Preprocess` resizes: the same pixels, whatever share they are
     return {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}
 
 
-def _write(
-    model: Backbone,
-    path: Path,
-    said: Mapping[str, dict[str, Any]],
-    named: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> Path:
-    """`named` gives the tensors the names that the folder's reader knows."""
-    tensors = named({name: value.detach().cpu().contiguous() for name, value in model.plain_state().items()})
-    with whole_folder(path) as fresh:
-        save_tensors(tensors, fresh / WEIGHTS)
-        for name, values in said.items():
-            (fresh / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
-LAYOUTS: dict[str, Callable[[Backbone, Path], Path]] = {"vitrail": _ours, "timm": _timm, "transformers": _transformers}
+OTHERS: dict[str, Callable[[Backbone], tuple[FILES, dict[str, Tensor]]]] = {
+    "timm": _timm,
+    "transformers": _transformers,
+}
+"""by layout, what its small files say and its weights, by its own names; each raises `Unsaid`"""
+LAYOUTS = ("vitrail", *OTHERS)

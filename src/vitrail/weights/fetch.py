@@ -51,32 +51,43 @@ class FetchError(CheckpointError):
     """Weights that cannot be had: no network, no such file, another file than before."""
 
 
+class Unreachable(FetchError):
+    """The hub cannot be reached, and its cache has no such file."""
+
+
 def cache_folder() -> Path:
     """Where downloads are kept."""
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "vitrail")
 
 
 def fetch_from_hub(
-    repo: str, file: str, *, revision: str | None = None, beside: Sequence[str] = (CONFIG, PROCESSOR)
+    repo: str,
+    file: str,
+    *,
+    revision: str | None = None,
+    beside: Sequence[str] = (CONFIG, PROCESSOR),
+    cached: bool = False,
 ) -> Path:
     """One file of a repository on the hub, and the small files beside it that say how it is used.
 
-    `revision` is a commit; without one, the newest that the hub or, offline, its cache has.
+    `revision` is a commit; without one, the newest that the hub or, offline, its cache has. With `cached` the hub is
+    not asked: whoever has waited for it in vain once need not wait again.
+
+    Raises `Unreachable` where nobody can be asked and the cache has none, `FetchError` for any other reason.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = Path(hf_hub_download(repo, file, revision=revision))
+        path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=cached))
         for name in beside:
             with suppress(EntryNotFoundError):
-                hf_hub_download(repo, name)
+                hf_hub_download(repo, name, local_files_only=cached)
         return path
     except LocalEntryNotFoundError as error:
         why = f"{OFFLINE} is set" if _offline() else "the hub could not be reached"
-        raise FetchError(
-            f"{repo}: {file} is not in the hub's cache, and {why}: fetch it where there is a network"
-        ) from error
+        kind = FetchError if isinstance(error.__cause__, HfHubHTTPError) else Unreachable  # an answer came, or none
+        raise kind(f"{repo}: {file} is not in the hub's cache, and {why}: fetch it where there is a network") from error
     except (EntryNotFoundError, OSError, ValueError) as error:  # all of the hub's, and of the disk's
         raise FetchError(f"{repo}: {file} could not be had ({_reason(error)}): look at the name") from error
 

@@ -22,7 +22,7 @@ from vitrail.models.registry import FAMILIES, ROWS
 from vitrail.names import shortened
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
-from vitrail.weights.fetch import FetchError, fetch_from_hub, fetch_parts
+from vitrail.weights.fetch import FetchError, Unreachable, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
@@ -109,10 +109,11 @@ def fetched(place: Place) -> Path:
 
 
 def _first_of_hub(repo: str) -> Path:
-    failed = []
+    """The first of the usual files that the hub has; once it could not be reached, that its cache has."""
+    failed: list[FetchError] = []
     for name in (*FOLDER_FILES[:-1], *INDICES):
         try:
-            return fetch_from_hub(repo, name)
+            return fetch_from_hub(repo, name, cached=any(isinstance(error, Unreachable) for error in failed))
         except FetchError as error:
             failed.append(error)
     raise failed[0]

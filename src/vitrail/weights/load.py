@@ -3,7 +3,7 @@
 create_model("vit_tiny", img_size=32)           fresh weights
 create_model("bloodcells", pretrained=True)     a model that ships with the package
 create_model("vit_base", pretrained=True)       published weights, fetched once
-load_model("runs/demo")                         a folder, ready to answer
+load_model("runs/demo")                         a folder, ours or timm's or transformers', ready to answer
 load_weights(model, "swin_tiny.pth")            anybody's file, into a network that is there
 """
 
@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 from vitrail.folder import FolderError, find_folder
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
-from vitrail.models.registry import ROWS, build_model, resolve_name
+from vitrail.models.registry import ROWS, build_model, elsewhere, resolve_name
 from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
 from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest, tell
 from vitrail.weights.foreign import (
+    LOCAL,
     File,
     base_of,
     fetched,
     filled,
+    is_own,
     model_of_file,
     model_of_source,
     place_of,
@@ -34,6 +36,7 @@ from vitrail.weights.foreign import (
 )
 from vitrail.weights.own import load_folder
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.sources import SOURCES, find_source, near_sources
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
@@ -71,10 +74,17 @@ def create_model(
     random numbers.
 
     Raises `ValueError` for an unknown name and for weights that do not fit, `TypeError` for an unknown field, each
-    naming the nearest, and for a name that is no text; `FetchError` where weights cannot be had.
+    naming the nearest, for a name that is no text, and for a `pretrained` that is a path; `FetchError` where weights
+    cannot be had.
     """
     if not isinstance(name, str):
         raise TypeError(f"create_model takes the name of a model, such as 'vit_tiny'; got {shortened(name)}")
+    if not isinstance(pretrained, bool):
+        raise TypeError(
+            f"pretrained is True, for the weights published for {name}, or False; got {shortened(pretrained)}: "
+            "load_weights(model, path) puts a file's weights into a network, create_model('local-dir:path', "
+            "pretrained=True) makes the one that a file or folder is for"
+        )
     overrides = unpacked(overrides)
     if pretrained:
         return _pretrained(name, overrides, bands, rest)
@@ -168,9 +178,14 @@ def say_row(name: str, row: str, img_size: int) -> None:
 def load_model(name_or_path: str | Path) -> Backbone:
     """The network of a model folder, of a run folder, or a shipped one by its name: in evaluation mode, fp32, CPU.
 
-    Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A name wins over a folder of
-    that name; `./name` is the folder. Raises `FolderError` (a `ValueError`) where there is no such model, where files
-    are damaged, and where card and weights do not fit each other; `TypeError` for what is neither name nor path.
+    Its `preprocess`, `classes`, `images` and `variant` are those of the folder's card. A folder of timm's or
+    transformers' is opened as `create_model("local-dir:…")` does: classes and preprocessing are those of the files
+    beside its weights; where none says how images are prepared, the logger `vitrail` is told what is taken. A name wins
+    over a folder of that name; `./name` is the folder.
+
+    Raises `FolderError` (a `ValueError`) where there is no such model, where files are damaged, and where card and
+    weights do not fit each other; `CheckpointError` (one too) where others' weights are of no network here; `TypeError`
+    for what is neither name nor path.
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"a model is found by a name or a folder's path; got {shortened(name_or_path)}: give one")
@@ -182,13 +197,38 @@ def load_model(name_or_path: str | Path) -> Backbone:
             f"with weights there is {', '.join(SHIPPED)}"
         )
     if (path := Path(name_or_path)).is_file():
-        home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: name {home}")
+        raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: {_way_in(path)}")
+    if _is_of_others(path):
+        return _of_others(path).eval()
     try:
         folder = find_folder(name_or_path)
     except FolderError as error:
         raise FolderError(f"{error}; by name there is {', '.join(SHIPPED)}") from None
     return load_folder(folder).eval()
+
+
+def _way_in(file: Path) -> str:
+    """How to open what a file holds."""
+    home = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    if is_own(home):
+        return f"name {home}"
+    return f"name a folder, or open a file of weights by create_model('{LOCAL}{file}', pretrained=True)"
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a folder says that it is timm's or transformers'."""
+    return path.is_dir() and not is_own(path) and bool(read_sidecar(path).architecture)
+
+
+def _of_others(path: Path) -> Backbone:
+    model = model_of_file(path, {})
+    if read_sidecar(path).preprocess is None:
+        p = model.preprocess
+        LOG.warning(
+            "%s: nothing there says how images are prepared; taken are img_size %s, mean %s, std %s: set "
+            "model.preprocess if they were others", path, p.img_size, p.mean, p.std,
+        )  # fmt: skip
+    return model
 
 
 def open_weights(source: str, row: str = "") -> Backbone:
@@ -214,7 +254,8 @@ def _is_architecture(name: str) -> bool:
 
 def _no_weights(name: str) -> str:
     shipped = "; ".join(f"{row} ({model.description})" for row, model in SHIPPED.items())
-    found = "" if _is_architecture(name) else f", and no such model: the nearest are {near(name)}"
+    meant = elsewhere(name) or f"the nearest are {near(name)}"
+    found = "" if _is_architecture(name) else f", and no such model: {meant}"
     return (
         f"no weights are known for {name!r}{found}; the package ships {shipped}; published are "
         f"{', '.join(near_sources(name))} and more (`vitrail models --pretrained`); load_model(path) takes any model "

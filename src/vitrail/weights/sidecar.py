@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, MAX_NUMBER, read_card
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
+from vitrail.weights.timm_configs import from_timm
 from vitrail.weights.transformers_configs import ACTIVATIONS
 from vitrail.weights.transformers_networks import KINDS, TOWERS
 
@@ -25,7 +26,8 @@ PROCESSOR = "preprocessor_config.json"
 LONGEST_LIST = 100
 RESAMPLING = {"2": "bilinear", "3": "bicubic"}
 """Pillow's numbers, as transformers writes them"""
-
+NULLABLE = ("init_values", "ref_feat_shape", "fc_norm")
+"""timm's arguments that `null` says something of"""
 EPSILONS = dict.fromkeys(("pvt", "pvt_v2"), ("norm_eps", "conv_norm_eps"))
 """which fields have transformers' one epsilon, of networks that have several here"""
 
@@ -82,9 +84,10 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
         "crop_mode": said.get("crop_mode"),
     }
     names = config.get("label_names", said.get("label_names"))
-    args = _fields(config.get("model_args"))
-    args |= {"act": args.pop("act_layer")} if args.get("act_layer") in ACTIVATIONS else {}
-    return Sidecar(_preprocess(given), _classes(names), _name(config["architecture"]), args)
+    args = config.get("model_args")
+    absent = {name: None for name in NULLABLE if isinstance(args, dict) and args.get(name, "") is None}
+    row, fields = from_timm(_name(config["architecture"]), _fields(args) | absent)
+    return Sidecar(_preprocess(given), _classes(names), row, fields)
 
 
 def _fields(said: object) -> dict[str, Any]:

@@ -19,7 +19,6 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-ELSEWHERE = "write this network as timm or vitrail do"
 
 PLAIN = {
     "hidden_size": "embed_dim",
@@ -55,6 +54,15 @@ PVT = PYRAMID | {"sequence_reduction_ratios": "sr_ratios"}
 PVT_V2 = PYRAMID | {"sr_ratios": "sr_ratios", "linear_attention": "linear"}
 PAIRS = ("img_size", "patch_size", "window_size")
 
+
+class Unsaid(ValueError):
+    """What another library has no word for; `mend` is what would help, beside another layout."""
+
+    def __init__(self, reason: str, mend: str = "") -> None:
+        super().__init__(f"{reason}: {mend}" if mend else reason)
+        self.mend = mend
+
+
 SAID = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
     "norm_eps", "act", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
@@ -80,12 +88,12 @@ def _vit(c: Any) -> dict[str, Any]:
 def _plain(c: Any, whose: str, free: Sequence[str] = (), **must: Any) -> dict[str, Any]:
     """What all isotropic networks say alike; the fields that are not `SAID` or `free` must be a plain ViT's, or `must`.
 
-    Raises `ValueError` with the first that is not.
+    Raises `Unsaid` with the first that is not.
     """
     plain = ViTConfig()
     for name in (f.name for f in fields(plain) if f.name in must or f.name not in {*SAID, *free}):
         if getattr(c, name) != must.get(name, getattr(plain, name)):
-            raise ValueError(f"transformers' {whose} knows no {name}={getattr(c, name)!r}: {ELSEWHERE}")
+            raise Unsaid(f"transformers' {whose} knows no {name}={getattr(c, name)!r}")
     return _named(c, PLAIN) | {"hidden_act": ACTIVATIONS[c.act]}
 
 
@@ -130,9 +138,9 @@ def _whole_ratio(c: Any, gated: bool) -> int:
     ratio = round(width * (1.5 if gated else 1) / c.embed_dim)
     made = ratio * c.embed_dim
     if width != ((int(made * 2 / 3) + 7) // 8 * 8 if gated else made):
-        raise ValueError(
+        raise Unsaid(
             f"transformers' DINOv2 has hidden layers by a whole mlp_ratio; this network's are {width} wide for "
-            f"embed_dim {c.embed_dim}: {ELSEWHERE}"
+            f"embed_dim {c.embed_dim}"
         )
     return ratio
 
@@ -175,11 +183,11 @@ def _beit(c: Any) -> dict[str, Any]:
 def _dinov3(c: Any) -> dict[str, Any]:
     """What it pools, no file of its says: there it is the class token, in rows here the mean of patches."""
     if c.rope != "dinov3":
-        raise ValueError(f"transformers has no EVA-02 (rope={c.rope!r}): {ELSEWHERE}")
+        raise Unsaid(f"transformers has no EVA-02 (rope={c.rope!r})")
     _check_headless(c, "DINOv3")
     _check_scaled(c, "DINOv3")
     if not c.reg_tokens:
-        raise ValueError(f"transformers' DINOv3 has register tokens, and this network none (reg_tokens=0): {ELSEWHERE}")
+        raise Unsaid("transformers' DINOv3 has register tokens, and this network none (reg_tokens=0)")
     gated = c.mlp == "swiglu"
     said = _plain(
         c, "DINOv3", ("init_values", "reg_tokens", "global_pool"),
@@ -199,15 +207,15 @@ def _dinov3(c: Any) -> dict[str, Any]:
 
 def _check_headless(c: Any, whose: str) -> None:
     if c.num_classes:
-        raise ValueError(
-            f"transformers' {whose} has no head, and this network one of {c.num_classes} classes: leave it out with "
-            f"reset_classifier(0), or {ELSEWHERE}"
+        raise Unsaid(
+            f"transformers' {whose} has no head, and this network one of {c.num_classes} classes",
+            "leave it out with reset_classifier(0)",
         )
 
 
 def _check_scaled(c: Any, whose: str) -> None:
     if c.init_values is None:
-        raise ValueError(f"transformers' {whose} has LayerScale, and this network none (init_values=None): {ELSEWHERE}")
+        raise Unsaid(f"transformers' {whose} has LayerScale, and this network none (init_values=None)")
 
 
 def _check_square(c: Any, whose: str) -> None:
@@ -215,7 +223,7 @@ def _check_square(c: Any, whose: str) -> None:
     for name in ("img_size", "patch_size"):
         height, width = pair(getattr(c, name))
         if height != width:
-            raise ValueError(f"transformers' {whose} has a square {name}; got {height} x {width}: {ELSEWHERE}")
+            raise Unsaid(f"transformers' {whose} has a square {name}; got {height} x {width}")
 
 
 def _square(size: Any) -> int | list[int]:
@@ -225,18 +233,15 @@ def _square(size: Any) -> int | list[int]:
 
 def _deit(c: Any) -> dict[str, Any]:
     if not c.distilled:
-        raise ValueError(
-            "transformers' DeiT has a distillation token, and this network has none (distilled=False): write it as "
-            "timm or vitrail do"
-        )
+        raise Unsaid("transformers' DeiT has a distillation token, and this network has none (distilled=False)")
     return _vit(c) | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit"}
 
 
 def _swin(c: Any) -> dict[str, Any]:
     if c.norm_eps != SWIN_EPS:
-        raise ValueError(
+        raise Unsaid(
             f"transformers' Swin has {SWIN_EPS} in some norms, whatever its layer_norm_eps; this network has "
-            f"norm_eps={c.norm_eps} in all: {ELSEWHERE}"
+            f"norm_eps={c.norm_eps} in all"
         )
     return _named(c, SWIN) | {"architectures": ["SwinForImageClassification"], "model_type": "swin"}
 
@@ -244,16 +249,17 @@ def _swin(c: Any) -> dict[str, Any]:
 def _pyramid(c: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """What both PVTs share. They have one epsilon for all norms."""
     if c.norm_eps != c.conv_norm_eps:
-        raise ValueError(
+        raise Unsaid(
             f"transformers' PVT has one epsilon; this network has norm_eps={c.norm_eps} and conv_norm_eps="
-            f"{c.conv_norm_eps}: make it with both alike, which changes answers by a few millionths"
+            f"{c.conv_norm_eps}",
+            f"make it by create_model(…, conv_norm_eps={c.norm_eps}), which changes answers by a few millionths",
         )
     return _named(c, names)
 
 
 def _pvt(c: Any) -> dict[str, Any]:
     if c.patch_size != 4:
-        raise ValueError(f"transformers' PVT has patches of 4 pixels; this network has {c.patch_size}")
+        raise Unsaid(f"transformers' PVT has patches of 4 pixels; this network has {c.patch_size}")
     return _pyramid(c, PVT) | {
         "architectures": ["PvtForImageClassification"],
         "model_type": "pvt",
