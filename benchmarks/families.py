@@ -67,7 +67,7 @@ def measure(row: str, args: argparse.Namespace) -> str:
     """The table's line for one row of the registry."""
     models = {name: model for name in CANDIDATES if (model := build(row, name)) is not None}
     images = torch.randn(args.batch, 3, *models["vitrail"].config.img_size)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = rounds({name: partial(model, images) for name, model in models.items()}, args.repeats)
     cells = [row, str(args.batch), f"{args.batch / median(found, 'vitrail'):.1f}", *_ratios(found, models)]
     others = [name for name in models if name != "vitrail"]
@@ -86,7 +86,7 @@ def _steps(models: dict[str, nn.Module], images: Tensor) -> dict[str, Callable[[
     return steps
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _peaks(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
     return {name: peak_megabytes(partial(model, images)) for name, model in models.items()}
 

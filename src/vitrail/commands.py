@@ -231,8 +231,11 @@ def parity(
     /,
     *,
     sources: Annotated[list[str] | None, "timm, torchvision, transformers; by default those installed"] = None,
+    double: Annotated[bool, "in float64, where no rounding hides what differs"] = False,
 ) -> None:
     """Hold models against other libraries' with the same random weights; print the largest differences (Markdown)."""
+    import torch
+
     from vitrail.research.parity import parity_table
     from vitrail.research.peers import SOURCES
 
@@ -240,7 +243,7 @@ def parity(
     for source in sources or ():
         check_choice("--sources", source, SOURCES)
     rows = 0
-    for rows, found in enumerate(parity_table(pattern, sources), start=1):
+    for rows, found in enumerate(parity_table(pattern, sources, torch.float64 if double else torch.float32), start=1):
         if rows == 1:
             print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
         ours, theirs = found.parameters

@@ -137,3 +137,9 @@ def test_transformers_writes_without_bars_and_has_them_again(tmp_path: Path, cap
     peer.save(peer.model, tmp_path)
     assert "shards" not in capfd.readouterr().err
     assert logging_of_theirs.is_progress_bar_enabled()
+
+
+def test_in_float64_there_is_no_rounding_to_speak_of():
+    row = "vit_tiny_r_s16_p8_224"
+    found = next(compare(row, build_peer(row, "timm"), torch.float64))
+    assert max(found.logits, found.features) < 1e-12

@@ -47,8 +47,12 @@ class Parity(NamedTuple):
     """ours and theirs"""
 
 
-def parity_table(pattern: str = "*", sources: Sequence[str] | None = None) -> Iterator[Parity]:
+def parity_table(
+    pattern: str = "*", sources: Sequence[str] | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[Parity]:
     """The comparisons of all rows that match a shell pattern, one at a time; two images each.
+
+    In `torch.float64` what is left of a difference is no rounding.
 
     Without `sources`, all libraries that are installed. A row of more than `MOST_PARAMETERS` is left out unless it is
     the only one. The logger `vitrail` is told of what is left out. Raises `ValueError` where a library that is named is
@@ -61,7 +65,7 @@ def parity_table(pattern: str = "*", sources: Sequence[str] | None = None) -> It
         for source in named:
             peer = build_peer(row, source)
             if peer is not None:
-                yield from compare(row, peer)
+                yield from compare(row, peer, dtype)
 
 
 def _is_there(source: str) -> bool:
@@ -82,7 +86,7 @@ def _small_enough(rows: list[str]) -> Iterator[str]:
 
 
 @torch.no_grad()
-def compare(row: str, peer: Peer) -> Iterator[Parity]:
+def compare(row: str, peer: Peer, dtype: torch.dtype = torch.float32) -> Iterator[Parity]:
     """One row against one library, at its own size and at another, where the library runs at another.
 
     Raises what the library raises at the row's own size.
@@ -90,11 +94,12 @@ def compare(row: str, peer: Peer) -> Iterator[Parity]:
     ours = build_model(row, **peer.options)
     with tempfile.TemporaryDirectory() as folder:
         load_weights(ours, peer.save(peer.model, Path(folder)))
-    ours.eval()
+    ours.eval().to(dtype)
+    peer.model.to(dtype)
     counts = _count(ours), _count(peer.model)
     own = pair(ours.config.img_size)
     for size in (own,) if peer.own_size else (own, other_size(ours)):
-        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
         try:
             theirs, states = _answer(peer, images)
         except (ValueError, AssertionError, RuntimeError):  # each says otherwise that it takes its own size alone
