@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vitrail.cli import main
 from vitrail.models.registry import build_model
 from vitrail.weights.doctor import MOST_LINES, fitting_rows, inspect, likeness
 from vitrail.weights.keymaps.vit import TORCHVISION, TRANSFORMERS
+from vitrail.weights.load import create_model
 
 
 @pytest.fixture
@@ -136,6 +139,21 @@ def test_somebody_elses_network_is_not_made_one_of_ours(tmp_path: Path):
     assert inspect(tmp_path / "deep.pth")[-1] == (
         "network: not one that is known here; the nearest is vit_tiny_patch4_32 (87% of its tensors)"
     )
+
+
+@pytest.mark.parametrize(("act", "makes"), [("relu", True), ("hard_mish", False)])
+def test_a_network_that_its_config_says_is_told_how_to_have(act: str, makes: bool, tmp_path: Path):
+    state = TRANSFORMERS.to_theirs(build_model("vit_debug", embed_dim=24, num_heads=2).state_dict())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    said = dict(model_type="vit", hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96)
+    said |= dict(image_size=32, patch_size=8, hidden_act=act)
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    told = next(line for line in inspect(tmp_path) if line.startswith("beside it: vit"))
+    where = tmp_path / "model.safetensors"
+    way = f", which create_model('local-dir:{where}', pretrained=True) makes" if makes else ""
+    assert told == f"beside it: vit{way}"
+    if makes:
+        assert create_model(f"local-dir:{where}", pretrained=True).config.act == "relu"
 
 
 def test_the_command_prints_it(file: Path, capsys: pytest.CaptureFixture[str]):

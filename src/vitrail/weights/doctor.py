@@ -22,6 +22,7 @@ from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, mis
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar, read_sidecar
+from vitrail.weights.transformers_networks import network_of
 
 MOST_LINES = 20
 ALIKE = 0.5
@@ -177,13 +178,22 @@ def _head(row: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _about_sidecar(checkpoint: Checkpoint) -> list[str]:
     beside: Sidecar = read_sidecar(checkpoint.path)
-    told = [f"beside it: {beside.architecture}"] if beside.architecture else []
+    told = [f"beside it: {beside.architecture}{_makes(beside, checkpoint.path)}"] if beside.architecture else []
     if beside.preprocess is not None:
         p = beside.preprocess
         told.append(
             f"images: {p.img_size[0]} x {p.img_size[1]}, mean {_short(p.mean)}, std {_short(p.std)}, {p.interpolation}"
         )
     return told
+
+
+def _makes(beside: Sidecar, path: Path) -> str:
+    """How to have the network that transformers' config says, which need be no row."""
+    try:
+        found = network_of(beside.transformers)
+    except (TypeError, ValueError, ArithmeticError, LookupError):  # a network of another package: no word of one here
+        return ""
+    return f", which create_model('local-dir:{path}', pretrained=True) makes" if found else ""
 
 
 def _short(values: tuple[float, ...]) -> str:
