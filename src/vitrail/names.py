@@ -66,6 +66,8 @@ TRAIN_SPELLINGS = {
     "aa": "auto_augment",
     "autoaugment": "auto_augment",
     "model_ema": "ema",
+    "aug_repeats": "repeats",
+    "ra_reps": "repeats",
 }
 POOLINGS = {"cls": "token", "tok": "token", "mean": "avg", "gap": "avg"}
 """values of `global_pool` elsewhere"""

@@ -25,6 +25,7 @@ from vitrail.data.badimages import BadImages, OnBadImage
 from vitrail.data.datasets import DataConfig, DataError, load_splits, say_few
 from vitrail.data.imagesets import ImageSet, Splits, read_record
 from vitrail.data.loading import check_workers, make_loader
+from vitrail.data.sizes import SizeConfig, Sizes
 from vitrail.data.transforms import Transform, eval_transform, train_transform
 from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
@@ -52,7 +53,7 @@ RUN = (
     "bad_images.csv", "images.jsonl",
 )  # fmt: skip
 """what a run folder holds"""
-SETTLED = {f.name for part in (DataConfig, AugmentConfig) for f in fields(part)} - {"seed"} | {
+SETTLED = {f.name for part in (DataConfig, AugmentConfig, SizeConfig) for f in fields(part)} - {"seed"} | {
     "model", "out", "drop_path", "drop_rate",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
@@ -98,7 +99,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     task = Classify(model, config.label_smoothing)
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
-    augment = BatchAugment(config, model.preprocess, len(splits.classes))
+    augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model))
     record = splits.record() | {"preprocess": asdict(model.preprocess)}
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
@@ -113,6 +114,16 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
             best = Classify(load_model(out).to(pick_device(config.device)))
             report_run(out, best, test, history, _facts(config, splits), bad)
     return history
+
+
+def _sizes(config: TrainConfig, model: Backbone) -> Sizes | None:
+    """How the size of training images changes, if it does; the logger `vitrail` is told what is to come."""
+    if not config.changes_sizes:
+        return None
+    sizes = Sizes(config, model.preprocess.img_size, round(model.feature_info[-1].reduction))
+    if plan := sizes.plan(config.epochs):
+        LOG.info("training images have a short side of %s", plan)
+    return sizes
 
 
 def resume_training(
@@ -175,6 +186,7 @@ def _loader(images: ImageSet, config: DataConfig, transform: Transform, *, train
     return make_loader(
         images, batch_size=config.batch_size, train=train, seed=config.seed, workers=config.workers,
         timeout=config.worker_timeout, on_bad_image=config.on_bad_image, transform=transform,
+        repeats=config.repeats if train else 1,
     )  # fmt: skip
 
 
@@ -346,7 +358,7 @@ class ViTTrainer:
         title = f"{self.model.variant or self.model.family} on {self.data}"
         return RunFacts(title=title, command=f"ViTTrainer(…).train({words})", data=self.data, split=split)
 
-    def _prepare(self, batch: Batch, number: int) -> Batch:
+    def _prepare(self, batch: Batch, number: int, total: int) -> Batch:
         """Raw images normalised. Ready ones tell that the preprocessing of a new model is nobody's."""
         if not self._told and "image" in batch and batch["image"].dtype != torch.uint8:
             self.model.preprocess = self.model.preprocess.replace(known=False)

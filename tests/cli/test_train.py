@@ -71,10 +71,10 @@ def test_an_interrupted_run_is_resumed(
     run: Path, tiny: list[str], photos: Path, tmp_path: Path, said: Said, monkeypatch
 ):
     class Stopping(trainer.BatchAugment):
-        def __call__(self, batch, number):
+        def __call__(self, batch, number, total):
             if number == 2:  # the first of the second epoch
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().__call__(batch, number)
+            return super().__call__(batch, number, total)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -33,7 +33,7 @@ def raw(count: int = 8, side: int = 16) -> Batch:
 def augment(seed: int = 0, batch: Batch | None = None, **settings) -> Batch:
     batch = batch or raw()
     torch.manual_seed(seed)
-    return BatchAugment(AugmentConfig(**settings), SMALL, 4)(batch, 0)
+    return BatchAugment(AugmentConfig(**settings), SMALL, 4)(batch)
 
 
 def test_nothing_on_only_normalises():
@@ -321,7 +321,7 @@ def test_other_numbers_of_channels(channels):
     preprocess = Preprocess(img_size=(16, 16), mean=(0.5,) * channels, std=(0.2,) * channels)
     batch = Batch(image=torch.randint(256, (6, channels, 16, 16), dtype=torch.uint8), label=torch.arange(6) % 4)
     config = AugmentConfig(auto_augment="rand", color_jitter=0.4, erase=0.5, mixup=0.2)
-    assert BatchAugment(config, preprocess, 4)(batch, 0)["image"].shape == (6, channels, 16, 16)
+    assert BatchAugment(config, preprocess, 4)(batch)["image"].shape == (6, channels, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -341,3 +341,51 @@ def test_workers_do_not_change_random_parts(photos):
     for other in seen[1:]:
         assert [batch["id"] for batch in seen[0]] == [batch["id"] for batch in other]
         assert all(torch.equal(one["image"], two["image"]) for one, two in zip(seen[0], other, strict=True))
+
+
+def copies(order: OrderedBatches) -> list[tuple[int, int]]:
+    return [(pick.row, pick.copy) for batch in order for pick in batch]
+
+
+def test_repeats_are_one_after_another_and_an_epoch_stays_as_long():
+    order = OrderedBatches(9, 4, shuffle=True, repeats=3)
+    drawn = copies(order)
+    assert len(drawn) == 9 and len(order) == 3
+    assert [copy for _, copy in drawn] == [0, 1, 2] * 3
+    assert all(len({row for row, _ in drawn[first : first + 3]}) == 1 for first in (0, 3, 6))
+    assert len({row for row, _ in drawn}) == 3
+    seen = {row for row, _ in drawn}
+    for _ in range(20):
+        seen |= {row for row, _ in copies(order)}
+    assert seen == set(range(9)), "later epochs have the others"
+
+
+def test_repeats_stand_side_by_side_in_several_processes():
+    shards = [copies(OrderedBatches(12, 4, shuffle=True, repeats=3, rank=rank, world=3)) for rank in range(3)]
+    for picks in zip(*shards, strict=True):
+        assert len({row for row, _ in picks}) == 1
+        assert [copy for _, copy in picks] == [0, 1, 2]
+
+
+def test_each_copy_of_an_image_is_cut_in_its_own_way(photos):
+    """And the first as it is without repeats."""
+    splits = load_splits(DataConfig(data=f"folder:{photos}", val_fraction=0.34))
+    cut = train_transform(TINY, AugmentConfig(crop="resized"))
+
+    def drawn(repeats):
+        loader = make_loader(splits.train, batch_size=2, train=True, transform=cut, seed=4, repeats=repeats)
+        batches = list(loader)
+        images = torch.cat([batch["image"] for batch in batches])
+        return images, [name for batch in batches for name in batch["id"]]
+
+    images, names = drawn(2)
+    assert names[0] == names[1] and not torch.equal(images[0], images[1])
+    plain, plain_names = drawn(1)
+    assert torch.equal(images[0], plain[plain_names.index(names[0])])
+    assert torch.equal(images, drawn(2)[0])
+
+
+def test_repeats_are_for_training():
+    for wrong in ({"shuffle": False, "repeats": 2}, {"shuffle": True, "repeats": 0}):
+        with pytest.raises(ValueError, match="repeats must be at least 1, and 1 where images keep their order; got"):
+            OrderedBatches(9, 4, **wrong)

@@ -60,10 +60,10 @@ def train(images, make_task) -> Callable[..., Any]:
         task = make_task() if task is None else task
         plain = BatchAugment(config, task.backbone.preprocess, 3)
 
-        def augment(batch, number):
+        def augment(batch, number, total):
             if hook:
                 hook(number)
-            return plain(batch, number)
+            return plain(batch, number, total)
 
         loaders = [
             make_loader(part, batch_size=config.batch_size, train=part is images[0], seed=config.seed, workers=workers)

@@ -90,7 +90,7 @@ def test_fit_refuses_a_folder_that_is_in_use(holder, make_task, images, tmp_path
     begun = []
     with pytest.raises(FolderInUse, match="is in use by process"):
         fit(make_task(), [images[0].gather([0, 1])], None, TrainConfig(epochs=1, device="cpu"), out=tmp_path / "run",
-            augment=lambda batch, number: begun.append(number))  # fmt: skip
+            augment=lambda batch, number, total: begun.append(number))  # fmt: skip
     assert not begun
     assert not Path(tmp_path / "run" / "config.yaml").exists()
 

@@ -66,7 +66,7 @@ def recipe(**changes):
 def test_to_stop_names_step_rate_samples_and_layer(value, make_task, fingerprint):
     task, seen = make_task(), []
 
-    def augment(batch, number):
+    def augment(batch, number, total):
         seen.append(fingerprint(task))
         return batch
 
@@ -81,7 +81,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(make_task, tmp_path):
     """Weights and moments stay; what counts is that later steps go on from there, and the history says so."""
     task, states = make_task(), []
 
-    def augment(batch, number):
+    def augment(batch, number, total):
         states.append({name: p.detach().clone() for name, p in task.named_parameters()})
         return batch
 
@@ -111,7 +111,7 @@ def test_a_gradient_alone_may_be_the_bad_one(clip, make_task, fingerprint):
     """The loss is finite, the gradient is not: clipping would spread it to every weight."""
     task, before = make_task(), []
 
-    def augment(batch, number):
+    def augment(batch, number, total):
         before.append(fingerprint(task))
         if number == 2:
             task.backbone.blocks[0].mlp.fc1.weight.register_hook(lambda grad: grad * math.inf)

@@ -102,6 +102,9 @@ def test_training_is_wired_as_the_config_says(config: TrainConfig, wiring: dict[
         crop_scale=0.3,
         mixup=0.4,
         erase=0.2,
+        repeats=2,
+        grow_from=16,
+        multi_scale=0.5,
     )
     with pytest.raises(Stop):
         run_training(asked)
@@ -111,11 +114,13 @@ def test_training_is_wired_as_the_config_says(config: TrainConfig, wiring: dict[
         assert loader.timeout == 7
         order = loader.batch_sampler
         assert (order.shuffle, order.batch_size, order.seed) == (shuffled, 3, asked.seed)
+        assert order.repeats == (2 if shuffled else 1)
     preprocess = splits.preprocess()
     assert train.dataset.transform == RandomResizedCrop(preprocess, 0.3)
     assert val.dataset.transform == eval_transform(preprocess)
     assert wiring["task"].label_smoothing == asked.label_smoothing == 0.1
     assert (augment.config, augment.preprocess, augment.num_classes) == (asked, preprocess, 2)
+    assert (augment.sizes.config, augment.sizes.full, augment.sizes.cell) == (asked, (32, 32), 8)
     assert (wiring["config"], wiring["out"], wiring["resume"]) == (asked, Path(asked.out), False)
     assert wiring["notes"] == {"drawn": splits.digests()}
 
@@ -127,6 +132,21 @@ def test_settings_that_do_nothing_are_told(config: TrainConfig, tmp_path: Path, 
         run_training(replace(config, out=str(tmp_path), crop_scale=0.5, rand_ops=3, pad_mode="reflect", patience=1))
     idle = "--crop-scale needs --crop resized; --rand-ops needs --auto-augment rand"
     assert f"these settings do nothing here: {idle}" in caplog.messages
+
+
+def test_images_that_keep_their_size_are_not_resized(config: TrainConfig, wiring: dict[str, Any], tmp_path: Path):
+    with pytest.raises(Stop):
+        run_training(replace(config, out=str(tmp_path)))
+    assert wiring["augment"].sizes is None
+
+
+@pytest.mark.usefixtures("wiring")
+def test_sizes_to_come_are_told(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "vitrail")
+    with pytest.raises(Stop):
+        run_training(replace(config, out=str(tmp_path), epochs=4, grow_from=16, grow_until=0.5))
+    plan = "16 pixels from epoch 1 on, 24 pixels from epoch 2 on, 32 pixels from epoch 3 on"
+    assert f"training images have a short side of {plan}" in caplog.messages
 
 
 @pytest.mark.usefixtures("wiring")

@@ -1,6 +1,6 @@
 """Augmentation of whole batches on their device: crop, flip, colours, policies, erasing, then mixing of images.
 
-    uint8 (B, C, H, W) ─ crop ─ flip ─ colours ─ policy ─ erase ─ normalise ─ mixup or cutmix ─> float, labels (B, K)
+    uint8 (B, C, H, W) ─ crop ─ flip ─ colours ─ policy ─ erase ─ resize ─ normalise ─ mixup or cutmix ─> float, (B, K)
 
 Every draw comes from torch's global CPU generator, so a batch is a function of the seed set before it, on any device.
 (Only the noise that fills erased rectangles is drawn on the device.) Float images are ready: they are only mixed.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vitrail.data.operations import brightness, colour, contrast
 from vitrail.data.policies import BINS, POLICIES, Drawn, apply_operations, draw_rand
+from vitrail.data.sizes import Sizes, resized
 from vitrail.names import check_choice, require
 from vitrail.records import UNLABELLED, Batch, Preprocess
 
@@ -91,29 +92,34 @@ def crop_kind(config: AugmentConfig, preprocess: Preprocess) -> Crop:
 
 
 class BatchAugment:
-    """`augment(batch, step) -> batch`: raw images varied and normalised, ready images only mixed, views as they are.
+    """`augment(batch, number, total) -> batch`: raw images varied and normalised, ready ones mixed, views as they are.
 
     Labels stay (B,) int64 without mixing and are (B, num_classes) float with it; all other keys travel along.
     `resized` crops are not made here but image by image in `train_transform`, where the whole picture still is.
     Of frames (B, T, C, H, W) a clip is varied as one image is: every draw holds for all its frames.
+    With `sizes`, raw images of batch `number` of `total` are then resized as that says.
     Raises `ValueError` where images would move, or be mixed, that have boxes, masks or targets of their cells, naming
     the key; for images of other dimensions; where views would not be varied, naming the flags; and, while mixing, for
     labels that are no classes of the model.
     """
 
-    def __init__(self, config: AugmentConfig, preprocess: Preprocess, num_classes: int) -> None:
+    def __init__(
+        self, config: AugmentConfig, preprocess: Preprocess, num_classes: int, sizes: Sizes | None = None
+    ) -> None:
         self.config, self.preprocess, self.num_classes = config, preprocess, num_classes
+        self.sizes = sizes
         pads = crop_kind(config, preprocess) == "pad"
         self.pad = [round(config.crop_pad * side) if pads else 0 for side in preprocess.img_size]
         self.policy = _policy(config, preprocess)
 
-    def __call__(self, batch: Batch, step: int = 0) -> Batch:
+    def __call__(self, batch: Batch, number: int = 0, total: int = 1) -> Batch:
         changed = dict(batch)
         self._check_views(batch.get("views", []))
         if "image" in batch:
             self._check(batch)
             raw = batch["image"].dtype == torch.uint8
-            images = self.preprocess.normalise(self._vary(batch["image"])) if raw else batch["image"]
+            size = self.sizes(number, total) if self.sizes else batch["image"].shape[-2:]
+            images = self._ready(batch["image"], size) if raw else batch["image"]
             changed["image"] = images
             if self.config.mixup or self.config.cutmix:
                 changed["image"], changed["label"] = self._mix(images, self._labels(batch))
@@ -147,10 +153,13 @@ class BatchAugment:
         config = self.config
         spatial = {
             "--flip": config.flip > 0, "--flip-vertical": config.flip_vertical > 0, "--crop": any(self.pad),
-            "--auto-augment": self.policy is not None,
+            "--auto-augment": self.policy is not None, "--grow-from and --multi-scale": self.sizes is not None,
         }  # fmt: skip
         mixing = {"--mixup": config.mixup > 0, "--cutmix": config.cutmix > 0}
         return [flag for flag, on in ((spatial if raw else {}) | mixing).items() if on]
+
+    def _ready(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        return self.preprocess.normalise(resized(self._vary(images), size, self.preprocess.interpolation))
 
     def _vary(self, images: Tensor) -> Tensor:
         """uint8 -> float in [0, 1]."""

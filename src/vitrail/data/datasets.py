@@ -61,6 +61,8 @@ class DataConfig:
     else the size that the model's row is made for"""
     batch_size: int = 128
     """images a batch and device"""
+    repeats: int = 1
+    """copies of a training image in an epoch, each varied in its own way; epochs stay as long, of fewer images"""
     workers: int = 0
     """processes that decode images; 0 decodes in the main one, which is best for small images in memory"""
     worker_timeout: float = 300
@@ -77,7 +79,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # the next config where several are joined by inheritance
         split_name(self.data)
-        for name, least in (("batch_size", 1), ("workers", 0)):
+        for name, least in (("batch_size", 1), ("repeats", 1), ("workers", 0)):
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
         check_choice("--on-bad-image", self.on_bad_image, get_args(OnBadImage))
         require(0 <= self.worker_timeout <= DAY, "worker_timeout", f"lie in 0 to {DAY}, a day", self.worker_timeout)

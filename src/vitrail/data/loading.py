@@ -38,6 +38,12 @@ class Pick(NamedTuple):
 
     epoch: int
     row: int
+    copy: int = 0
+    """which of its repetitions in the epoch"""
+
+    def seed(self, seed: int) -> int:
+        """Of what is random about this copy of the image."""
+        return draw_seed(seed, self.epoch, self.row, *([0, self.copy] if self.copy else []))
 
 
 def draw_seed(*numbers: int) -> int:
@@ -56,6 +62,10 @@ class OrderedBatches(Sampler[list[Pick]]):
     else is dropped: the last batch may be small. All processes draw equally many batches, without which those that
     share a forward pass would wait for ever: where that cannot be, `len` and `iter` raise `ValueError` in all of them.
     `rank` and `world` are taken from `torch.distributed` when they are None and it runs.
+
+    With `repeats`, an epoch has as many images as without, but `repeats` copies of each that it has, one after another
+    and so over the processes (Hoffer et al. 2020, "Augment your batch"; Touvron et al. 2021, "DeiT", section 6). Each
+    copy is varied by a seed of its own; those whose turn is not in an epoch have it in another, by its order.
     """
 
     def __init__(
@@ -67,13 +77,16 @@ class OrderedBatches(Sampler[list[Pick]]):
         seed: int = 0,
         rank: int | None = None,
         world: int | None = None,
+        repeats: int = 1,
     ) -> None:
+        if repeats < 1 or (repeats > 1 and not shuffle):
+            raise ValueError(f"repeats must be at least 1, and 1 where images keep their order; got {repeats}")
         if count < 1 or batch_size < 1:
             raise ValueError(f"there must be at least one image and one image a batch; got {count} and {batch_size}")
         if (rank is None) != (world is None) or not 0 <= (rank or 0) < (world or 1):
             raise ValueError(f"rank must lie in 0 … world - 1, both or neither given; got rank {rank} of world {world}")
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.repeats = rank, world, repeats
         self.epoch, self.start, self._told = 0, 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -87,12 +100,12 @@ class OrderedBatches(Sampler[list[Pick]]):
         return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
 
     def order(self) -> Tensor:
-        """(n,) this process's images in the order of the epoch."""
+        """(n, 2) this process's images in the order of the epoch, and which copy of each."""
         rank, world = self._place()
         if not self.shuffle:
-            return torch.arange(self.count)[rank::world]
+            return _copies(torch.arange(self.count), 1)[rank::world]
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
-        order = torch.randperm(self.count, generator=generator)
+        order = _copies(torch.randperm(self.count, generator=generator), self.repeats)
         return order[: self.count - self.count % world][rank::world]
 
     def __len__(self) -> int:
@@ -112,9 +125,14 @@ class OrderedBatches(Sampler[list[Pick]]):
         shared = not self.shuffle and self._place()[1] > 1  # shares differ by one image, the number of batches may not
         parts = order.tensor_split(count) if shared else order.split(self.batch_size)
         for part in parts[self.start :]:
-            yield [Pick(epoch, row) for row in part.tolist()]
+            yield [Pick(epoch, row, copy) for row, copy in part.tolist()]
         if self.shuffle and told == self._told:
             self.epoch, self.start = epoch + 1, 0
+
+
+def _copies(rows: Tensor, repeats: int) -> Tensor:
+    """(n,) -> (n · repeats, 2): each row as often as that, one after another, numbered."""
+    return torch.stack([rows.repeat_interleave(repeats), torch.arange(repeats).repeat(len(rows))], 1)
 
 
 class Drawing(Dataset[Drawn]):
@@ -188,7 +206,7 @@ class Drawing(Dataset[Drawn]):
         if not self.transform.random:
             return Sample(**{**sample, "image": _moved(self.transform, sample)})
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw_seed(self.seed, pick.epoch, pick.row))  # the CPU's alone
+            torch.default_generator.manual_seed(pick.seed(self.seed))  # the CPU's alone
             return Sample(**{**sample, "image": _moved(self.transform, sample)})
 
     def _blank(self, pick: Pick) -> Sample:
@@ -244,11 +262,12 @@ def make_loader(
     rank: int | None = None,
     world: int | None = None,
     on_bad_image: OnBadImage = "raise",
+    repeats: int = 1,
 ) -> WatchedLoader:
     """A loader of raw batches: image uint8 (B, C, H, W), label (B,) int64, id.
 
     `train` shuffles, every epoch anew; otherwise every image comes once, in order. `loader.batch_sampler` is an
-    `OrderedBatches`, whose `set_epoch` goes to any epoch.
+    `OrderedBatches`, whose `set_epoch` goes to any epoch, and which explains `repeats`.
 
     `on_bad_image="skip"` names and counts in `loader.bad` (`BadImages`) what cannot be read. To `train`, another image
     is drawn in its place, a function of (seed, epoch, row); nothing else of the batch, and no other batch, is changed.
@@ -261,7 +280,7 @@ def make_loader(
     """
     check_workers(workers)
     check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
-    order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world)
+    order = OrderedBatches(len(images), batch_size, shuffle=train, seed=seed, rank=rank, world=world, repeats=repeats)
     board = Board(workers)
     drawing = Drawing(images, transform, seed, board, train=train, skip=on_bad_image == "skip")
     own_generator = torch.Generator().manual_seed(seed)  # else every epoch would move the global one

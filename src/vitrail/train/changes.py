@@ -36,7 +36,7 @@ FREE = frozenset({
     "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan", "on_bad_image",
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
-ANEW = frozenset({"images", "batch_size", "accumulate", "devices", "num_nodes", "seed", "debug"})
+ANEW = frozenset({"images", "batch_size", "repeats", "accumulate", "devices", "num_nodes", "seed", "debug"})
 SETTLED = frozenset({"val_fraction"})
 """what had its say when the run began: the images that were held out stay so"""
 BESIDE = frozenset({"overridden", "trained"})

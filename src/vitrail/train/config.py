@@ -18,6 +18,7 @@ import yaml
 
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig
+from vitrail.data.sizes import SizeConfig
 from vitrail.files import write_whole
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
 from vitrail.train.optim import OptimConfig
@@ -26,10 +27,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
 LOG = logging.getLogger("vitrail")
-PAD, RESIZED, RAND = "--crop pad", "--crop resized", "--auto-augment rand"
+PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
+    "grow_until": GROWN,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
@@ -37,7 +39,7 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, AugmentConfig, OptimConfig):
+class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
     """A whole training run: images, augmentation, optimiser, model and machine.
 
     Raises `ValueError` for a value out of its range, `TypeError` for one of another type, each naming the flag.
@@ -141,6 +143,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         PAD: config.crop in ("auto", "pad"),
         RESIZED: config.crop in ("auto", "resized"),
         RAND: config.auto_augment == "rand",
+        GROWN: config.grow_from is not None,
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,

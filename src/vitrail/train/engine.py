@@ -55,7 +55,8 @@ LOG = logging.getLogger("vitrail")
 DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
-Augment = Callable[[Batch, int], Batch]
+Augment = Callable[[Batch, int, int], Batch]
+"""of a batch, its number over all epochs, from 0, and how many the run has"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -100,10 +101,10 @@ def fit(
 ) -> History:
     """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
 
-    `augment(batch, number)` makes raw training images ready, on the device; None only normalises them. With `out`, that
-    folder gets config.yaml, images.jsonl, history.csv, checkpoints/ and model/ with the best weights, and the task ends
-    with those; without, nothing is written and it ends with the last. Weights are the running average's where
-    `config.ema` is on. `notes` join recipe and figures in the model's card.
+    `augment(batch, number, total)` makes raw training images ready, on the device; None only normalises them. With
+    `out`, that folder gets config.yaml, images.jsonl, history.csv, checkpoints/ and model/ with the best weights, and
+    the task ends with those; without, nothing is written and it ends with the last. Weights are the running average's
+    where `config.ema` is on. `notes` join recipe and figures in the model's card.
     A resumed run goes on where it stood: on the CPU, and on a GPU with `config.deterministic` as far as it has such
     kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`. What then differs from before, other than
     by name in `override`, is an error: see `train.changes`.
@@ -189,7 +190,9 @@ class TaskModule(LightningModule):
             return self.task.backbone.preprocess.prepare(batch)
         number = self.trainer.current_epoch * self.batches_per_epoch + self.trainer.fit_loop.batch_idx + 1
         torch.manual_seed(draw_seed(self.config.seed, number, self.global_rank))
-        return self.augment(batch, number) if self.augment else self.task.backbone.preprocess.prepare(batch)
+        if not self.augment:
+            return self.task.backbone.preprocess.prepare(batch)
+        return self.augment(batch, number, self.config.epochs * self.batches_per_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.task(batch)
