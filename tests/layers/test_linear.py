@@ -242,11 +242,13 @@ def test_the_timing_is_of_fp32_on_the_cpu_whatever_the_defaults() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_activation_is_applied_with_the_product(form: str, dtype: torch.dtype, taken: list[Any]) -> None:
+def test_an_activation_is_applied_with_the_product(
+    form: str, dtype: torch.dtype, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, act, x = Linear(6, 9).to(dtype), nn.GELU(approximate=form), 3 * torch.randn(5, 7, 6, dtype=dtype)
     layer.bias.copy_(torch.linspace(-4, 4, 9))
     calls: list[Tensor] = []
-    act.forward = calls.append  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: calls.append(x))
     found = activated(layer, act, x)
     truth = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate=form)
     torch.testing.assert_close(found.double(), truth, atol=1e-6 if dtype == torch.float32 else 0.03, rtol=1e-2)
@@ -259,6 +261,11 @@ def hooked(layer: nn.Module, act: nn.Module) -> None:
 
 def hooked_before(layer: nn.Module, act: nn.Module) -> None:
     layer.register_forward_hook(lambda module, args, out: None)
+
+
+def replaced(layer: nn.Module, act: nn.Module) -> None:
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1  # type: ignore[method-assign]
 
 
 def nothing(layer: nn.Module, act: nn.Module) -> None: ...
@@ -284,6 +291,7 @@ class OwnGELU(nn.GELU):
     [
         (Linear(6, 9), nn.GELU(), hooked, False),
         (Linear(6, 9), nn.GELU(), hooked_before, False),
+        (Linear(6, 9), nn.GELU(), replaced, False),
         (Linear(6, 9), nn.GELU(), nothing, True),
         (Linear(6, 9), nn.ReLU(), nothing, False),
         (OwnLinear(6, 9), nn.GELU(), nothing, False),

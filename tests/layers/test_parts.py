@@ -91,11 +91,14 @@ def test_gradients_are_of_the_whole(layer: Wide) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("what", ["training", "hook", "counter", "autocast", "vmap"])
+@pytest.mark.parametrize("what", ["training", "a part in training", "hook", "counter", "autocast", "vmap"])
 def test_whoever_looks_or_draws_has_the_whole(what: str, layer: Wide) -> None:
     x = torch.randn(5, 6, 3)
     if what == "training":
         layer.train()(x)
+    elif what == "a part in training":  # dropout that is left on, to see how sure a network is
+        layer.fc1.train()
+        layer(x)
     elif what == "hook":
         shapes: list[Any] = []
         layer.fc1.register_forward_hook(lambda module, given, made: shapes.append(made.shape))

@@ -281,7 +281,8 @@ def test_another_batch_size_begins_the_epoch_anew(stop, change, batches, train, 
 @pytest.mark.fault(45)
 @pytest.mark.parametrize(("name", "found", "anew"), [
     ("batch_size", 9, True), ("repeats", 9, True), ("accumulate", 9, True), ("devices", 9, True),
-    ("num_nodes", 9, True), ("seed", 9, True), ("debug", True, True), ("images", {"count": 9}, True), ("lr", 9, False), ("network", {"depth": 9}, False),
+    ("num_nodes", 9, True), ("seed", 9, True), ("debug", True, True), ("images", {"count": 9}, True),
+    ("lr", 9, False), ("network", {"depth": 9}, False),
 ])  # fmt: skip
 def test_what_decides_which_images_make_a_step_begins_the_epoch_anew(name, found, anew, make_task, stopped):
     last = stopped / "checkpoints" / "last.ckpt"

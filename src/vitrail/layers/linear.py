@@ -91,9 +91,10 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Whether anybody looks at what these modules or their parts take and give, by a hook of any kind."""
-    parts = (part for module in modules for part in module.modules())
-    return _has_any_global_hook() or any(getattr(part, kind) for part in parts for kind in HOOKS)
+    """Whether anybody looks at what these modules or their parts take and give, by a hook or a `forward` put in."""
+    parts = [part for module in modules for part in module.modules()]
+    replaced = any("forward" in vars(part) for part in parts)
+    return replaced or _has_any_global_hook() or any(getattr(part, kind) for part in parts for kind in HOOKS)
 
 
 @cache

@@ -28,14 +28,15 @@ TOKENS = 1024  # and about as many tokens at least, or weights are read again fo
 def by_parts(owner: nn.Module, layer: Callable[..., Tensor], x: Tensor, *more: Tensor | None, wide: int) -> Tensor:
     """`layer(x, *more)`, (n, …, C) -> (n, …, C), for some of the n at a time; `wide` numbers a token between.
 
-    All at once where gradients are wanted, `owner` trains (dropout may draw) or has a hook in it, or somebody reads
-    along, and on other devices than the CPU. Sums may be rounded otherwise, as products of another size are.
+    All at once where gradients are wanted, `owner` or a part of it trains (dropout may draw) or has a hook in it, or
+    somebody reads along, and on other devices than the CPU. Sums may be rounded otherwise, as products of another size
+    are.
     """
-    if owner.training or x.ndim < 2 or not may_overwrite(x):
+    if x.ndim < 2 or not may_overwrite(x):
         return layer(x, *more)
     tokens = max(1, math.prod(x.shape[1:-1]))
     most = max(WIDE // wide, TOKENS) // tokens or 1
-    if x.shape[0] <= most or is_hooked(owner):
+    if x.shape[0] <= most or any(part.training for part in owner.modules()) or is_hooked(owner):
         return layer(x, *more)
     count = math.ceil(x.shape[0] / math.ceil(x.shape[0] / most))  # as even as they go
     parts = zip(*([None] * len(x) if t is None else t.split(count) for t in (x, *more)), strict=False)
