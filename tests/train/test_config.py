@@ -181,6 +181,45 @@ def test_a_bad_yaml_names_the_file(text, message, tmp_path):
         TrainConfig.from_yaml(tmp_path / "a.yaml")
 
 
+def test_a_yaml_stands_on_those_it_includes(tmp_path):
+    """In any spelling, later ones over earlier ones, its own words over all; beside it, wherever it is read from."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "long.yaml").write_text("epochs: 300\nmixup: 0.8\ncutmix: 1.0\n")
+    (tmp_path / "training.yaml").write_text("include: parts/long.yaml\nlr: 0.003\ncutmix-alpha: 0.5\n")
+    (tmp_path / "small.yaml").write_text("batch_size: 4\n")
+    (tmp_path / "a.yaml").write_text("include: [training.yaml, small.yaml]\nmixup-alpha: 0.2\n")
+    changes = {"epochs": 300, "mixup": 0.2, "cutmix": 0.5, "lr": 0.003, "batch_size": 4}
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml").changes() == changes
+
+
+def test_two_files_may_include_a_third(tmp_path):
+    for name, text in (("c", "lr: 0.1"), ("b", "include: c.yaml"), ("a", "include: [b.yaml, c.yaml]")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert TrainConfig.from_yaml(tmp_path / "a.yaml").lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "include: b.yaml",
+            r"a.yaml: .*b.yaml: include must not come round to a file that it began with; got .*a.yaml",
+        ),
+        ("include: a.yaml", r"a.yaml: include must not come round to a file that it began with; got .*a.yaml: take"),
+        ("include: {c: 1}", r"a.yaml: include takes the name of a file beside this one, or a list of them; got \{'c"),
+        ("include: ['']", r"a.yaml: include takes the name of a file beside this one, or a list of them; got \[''\]"),
+        ("include: no.yaml", r"a.yaml: .*no.yaml \(No such file or directory\): name another"),
+        ("include: wrong.yaml", r"a.yaml: .*wrong.yaml: TrainConfig has no argument 'epoch'; the nearest is epochs"),
+    ],
+)
+def test_an_include_that_cannot_be_is_named(text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("include: a.yaml")
+    (tmp_path / "wrong.yaml").write_text("epoch: 3")
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_yaml(tmp_path / "a.yaml")
+
+
 def test_what_is_no_file_is_no_config(tmp_path):
     with pytest.raises(ValueError, match=r"a YAML file that can be read; got .* \(Is a directory\): name another"):
         TrainConfig.from_yaml(tmp_path)

@@ -1,13 +1,15 @@
 """Everything a training run can be told. Field names are the flags, attribute docstrings are the `--help`.
 
-A YAML file holds what differs from the defaults, so that it reads as a recipe.
+A YAML file holds what differs from the defaults, so that it reads as a recipe; `include: training.yaml` puts it on top
+of what that file says.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -120,18 +122,50 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """The config in a YAML file. Raises `ValueError` naming the file and what is wrong with it, or in it."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            if not isinstance(values, dict):
-                raise ValueError(f"a config holds lines such as `epochs: 100`; got {type(values).__name__}")
-            return cls.from_dict({str(key).replace("-", "_"): value for key, value in values.items()})
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-        except OSError as error:
-            raise ValueError(
-                f"a config is a YAML file that can be read; got {path} ({error.strerror}): name another"
-            ) from error
+        """The config in a YAML file, on top of those that its `include` names, later ones over earlier ones.
+
+        Raises `ValueError` naming the file and what is wrong with it, or in it.
+        """
+        with _naming(path):
+            return cls.from_dict(_read_yaml(Path(path), {f.name for f in fields(cls)}))
+
+
+def _read_yaml(path: Path, known: Collection[str], within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, in our words, with what it includes; `within` are the files that include it."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"a config holds lines such as `epochs: 100`; got {type(values).__name__}")
+    own = {str(key).replace("-", "_"): value for key, value in values.items()}
+    merged: dict[str, Any] = {}
+    for other in _included(path, own.pop("include", []), within):
+        with _naming(other):
+            merged |= _read_yaml(other, known, (*within, path.resolve()))
+    return merged | normalise_kwargs(own, known, TRAIN_SPELLINGS, TrainConfig.__name__)
+
+
+def _included(path: Path, named: Any, within: Collection[Path]) -> list[Path]:
+    """The files that one file includes, beside which they are looked for."""
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"include takes the name of a file beside this one, or a list of them; got {shortened(named)}")
+    files = [path.parent / name for name in names]
+    for file in files:
+        if file.resolve() in (*within, path.resolve()):
+            raise ValueError(f"include must not come round to a file that it began with; got {file}: take it out")
+    return files
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """What is wrong with a file, or in it, as one `ValueError` that names it."""
+    try:
+        yield
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"a config is a YAML file that can be read; got {path} ({error.strerror}): name another"
+        ) from error
 
 
 def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) -> None:
