@@ -35,7 +35,7 @@ def test_a_run_learns_and_leaves_its_folder(train, make_task, tmp_path, monkeypa
     }
     model = {f"runs/a/model/{name}" for name in ("model.safetensors", "config.json", "manifest.json")}
     assert files == kept | model | {f"runs/a/{name}" for name in ("config.yaml", "images.jsonl", "history.csv")}
-    assert set(history.rows[0]) == FIGURES | {"seconds", "images_per_second"}
+    assert set(history.rows[0]) == FIGURES | {"attention_entropy", "seconds", "images_per_second"}
     assert history["val_accuracy"][-1] > 0.9
     assert history["lr"][-1] == pytest.approx(1e-6)
     assert TrainConfig.from_yaml("runs/a/config.yaml").epochs == 6

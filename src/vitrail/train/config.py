@@ -67,6 +67,8 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
     """processes on this machine, one device each"""
     num_nodes: int = 1
     """machines; start the same command on each with torchrun or SLURM"""
+    entropy_floor: float = 0.02
+    """name attention layers whose entropy falls below this share of its most, once an epoch; 0 looks at none"""
     deterministic: bool = False
     """on a GPU, only kernels that repeat themselves bit for bit: slower, and a warning where there is none"""
     log: Log = "csv"
@@ -85,7 +87,7 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), kinds[f.name]))
         super().__post_init__()  # each part checks its own fields and passes on to the next
-        for name in ("label_smoothing", "drop_path", "drop_rate", "ema"):
+        for name in ("label_smoothing", "drop_path", "drop_rate", "ema", "entropy_floor"):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))

@@ -35,6 +35,7 @@ from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_ch
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
+from vitrail.train.entropy import EntropyGuard
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.imagelist import write_list
@@ -265,7 +266,7 @@ class TaskModule(LightningModule):
             raise ValueError(
                 f"a task's monitor must be one of its scores {', '.join(scores)}; got {self.task.monitor[0]!r}"
             )
-        self.record.figures = {f"val_{name}": score for name, score in scores.items()}
+        self.record.figures |= {f"val_{name}": score for name, score in scores.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["told"] = self.job.start.told
@@ -328,7 +329,8 @@ def _callbacks(
     """In the order in which they act: averaging before anything is kept, and keeping before a stop."""
     board = [TensorBoardLog(record, folder / "tensorboard")] if folder and config.log == "tensorboard" else []
     rules = EarlyStop(record, config.patience, config.max_minutes)
-    return [*([ema] if ema else []), record, rules, *board, ProgressBar(record), stop.checkpoints, stop]
+    entropies = [EntropyGuard(record, config.entropy_floor)] if config.entropy_floor else []
+    return [*([ema] if ema else []), *entropies, record, rules, *board, ProgressBar(record), stop.checkpoints, stop]
 
 
 def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder: Path | None) -> Trainer:
