@@ -1,4 +1,7 @@
-"""Small files that would fill the memory: refused within 50 MB and a second, each tried in a process of its own."""
+"""Small files that would fill the memory, crash the process or keep it forever: refused, each tried in one of its own.
+
+What would fill the memory is refused within 50 MB and a second.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ import torch
 GIGA = 2 * 10**9
 """what each would take: enough to be seen, little enough to survive"""
 MOST_BYTES, MOST_SECONDS = 50 * 10**6, 1.0
+PATIENCE = 60
+"""seconds for a process to answer"""
 
 
 def header(size: int, text: bytes = b"{") -> Callable[[Any], Path]:
@@ -188,6 +193,58 @@ BOMBS: dict[str, Callable[[Any], Path]] = {
 }
 
 
+# ---- what nests without end, or doubles
+
+DEEP = b")" + b"\x85" * 250_000
+"""tuples in one another: hashing them calls itself until the stack is full"""
+
+
+def doubled(times: int, pair: bytes = b"\x86") -> bytes:
+    """t = (t, t), so many times: 2^n parts. It lies under number `times`; the stack holds the others too."""
+    below = (b"h" + bytes([level]) for level in range(times))
+    return b")q\x00" + b"".join(t + t + pair + b"q" + bytes([level]) for level, t in enumerate(below, 1))
+
+
+def lists(times: int) -> bytes:
+    """Lists in lists, each filled with the one below it, twice, once the one above has it: 2^n when printed."""
+    made = b"".join(b"]q" + bytes([level]) for level in range(times + 1))
+    fills = (b"h" + bytes([level]) + b"(" + (b"h" + bytes([level - 1])) * 2 + b"e" for level in range(times, 0, -1))
+    return made + b"".join(fills)
+
+
+SIXTY = doubled(60)
+TOP = b"h" + bytes([60])
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n%b" + text("cpu") + number(4) + b"tQ"
+ENDLESS: dict[str, bytes] = {
+    "a deep key": b"}(" + DEEP + b"Nu",
+    "a deep key alone": b"}" + DEEP + b"Ns",
+    "a doubled key": SIXTY + b"}(" + TOP + b"Nu",
+    "a doubled key alone": SIXTY + b"}" + TOP + b"Ns",
+    "a doubled key of threes": doubled(60, b"N\x87") + b"}(" + TOP + b"Nu",
+    "a deep name of numbers": STORAGE % DEEP,
+    "doubled names of numbers": SIXTY + STORAGE % TOP,
+    "a deep one of a set": b"cbuiltins\nset\n](" + DEEP + b"e\x85R",
+    "a doubled one of a set": SIXTY + b"cbuiltins\nset\n](" + TOP + b"e\x85R",
+    "a doubled one of an ordered dict": SIXTY + b"ccollections\nOrderedDict\n](" + TOP + b"N\x86e\x85R",
+    "a doubled function": SIXTY + TOP + b")R",
+    "a doubled class": SIXTY + TOP + b")\x81",
+    "a doubled layout": SIXTY + b"ctorch._utils\n_rebuild_sparse_tensor\n" + TOP + b"N\x86R",
+    "a layout of lists": lists(60) + b"ctorch._utils\n_rebuild_sparse_tensor\n" + TOP + b"N\x86R",
+    "a long text copied often": (
+        b"c_codecs\nencode\nq\x00" + text("x" * 10**6) + text("latin1") + b"\x86q\x01" + b"h\x00h\x01R" * 50_000
+    ),
+    "a long list copied often": (
+        b"ccollections\nOrderedDict\nq\x00](" + b"".join(number(n) + b"N\x86" for n in range(50_000)) + b"e\x85q\x01"
+        + b"h\x00h\x01R" * 50_000
+    ),
+}  # fmt: skip
+KINDS: dict[str, Callable[[Any, bytes], Path]] = {
+    "an archive": lambda shop, made: pickled(made)(shop),
+    "bare": lambda shop, made: shop.bytes(b"\x80\x02" + made + b"."),
+    "TorchScript": lambda shop, made: module(made)(shop),
+}
+
+
 def tried(shop: Any, path: Path, answers: Connection) -> None:
     model = shop.network()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -202,9 +259,12 @@ def in_a_fork(shop: Any, path: Path) -> tuple[str, int, float]:
     process = multiprocessing.get_context("fork").Process(target=tried, args=(shop, path, there))
     process.start()
     there.close()
-    answer = here.recv()
-    process.join()
-    return answer
+    try:
+        assert here.poll(PATIENCE), "no answer"
+        return here.recv()  # of a process that crashed, the end of the file
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +281,16 @@ def test_it_is_refused_at_once(what: str, shop: Any):
     assert wrong == ""
     assert grown < MOST_BYTES, f"{grown:,} bytes"
     assert seconds < MOST_SECONDS
+
+
+@pytest.mark.fault(56)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to ask for the memory in use")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_nests_without_end_is_refused_and_the_process_lives(what: str, kind: str, shop: Any):
+    wrong, grown, _ = in_a_fork(shop, KINDS[kind](shop, ENDLESS[what]))
+    assert wrong == ""
+    assert grown < 4 * MOST_BYTES, f"{grown:,} bytes"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to ask for the memory in use")

@@ -90,6 +90,12 @@ def test_every_kind_of_number_and_of_view_is_what_pytorch_reads(shop: Any):
         assert found[name].stride() == value.stride(), name
 
 
+def test_entries_of_a_dict_that_no_name_bears_are_settings(shop: Any):
+    value = tensor("0", 4, (4,))
+    pickled = b"c__torch__\nM\n)\x81}(" + number(3) + value + numbers(1, 2) + value + text("weight") + value + b"ub"
+    assert set(read_checkpoint(shop.archive(archive(b"", pickled))).tensors) == {"weight"}
+
+
 def test_numbers_that_lay_on_a_gpu_lie_on_the_cpu(shop: Any):
     path = shop.archive(archive(tensor("0", 4, (4,), device="cuda:0")))
     assert read_checkpoint(path).tensors["weight"].device.type == "cpu"
@@ -260,6 +266,8 @@ WRONG: dict[str, tuple[bytes | None, bytes | None, str]] = {
     "a call of numbers": (None, called("torch FloatStorage", b")"), "torch FloatStorage"),
     "a module of numbers": (None, module(kind="torch FloatStorage"), "torch FloatStorage is no class of the archive"),
     "numbers of a class": (tensor("0", 4, (4,), kind="__torch__\nM"), None, "__torch__ M"),
+    "a number's name": (tensor("0", 4, (4,)).replace(text("0"), number(0)), None, "a text and a count; got int and in"),
+    "a text for a count": (tensor("0", 4, (4,)).replace(number(4) + b"tQ", text("4") + b"tQ"), None, "got str and str"),
     "a text for numbers": (called("torch._utils _rebuild_tensor_v2", text_for_numbers()), None, "as_strided"),
     "bytes of a number": (None, b"\x96" + struct.pack("<Q", 2 * 10**9), "expected 2000000000 bytes"),
 }  # fmt: skip

@@ -31,6 +31,7 @@ from torch import Tensor
 from vitrail.folder import MAX_NAME
 from vitrail.names import printable, shortened
 from vitrail.weights import torchscript
+from vitrail.weights.measure import Scale
 from vitrail.weights.shards import INDICES, parts_of
 from vitrail.weights.wrapped import unwrapped
 
@@ -214,26 +215,33 @@ def _without_default(factory: object = None) -> dict[Any, Any]:
 
 
 def _read_torch(path: Path) -> Any:
-    _check_names(path)
+    _check_pickles(path)
     asides = [(Ignored, name) for name in HARMLESS]
     safe = torch.serialization.safe_globals([*asides, (_without_default, "collections.defaultdict")])
     with safe, path.open("rb") as file:  # of a path, torch would believe the ending
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _check_names(path: Path) -> None:
-    """Everything that a file's pickles ask for, before one of them is read. Raises `UnsafeCheckpoint`."""
+def _check_pickles(path: Path) -> None:
+    """What a file's pickles ask for, and how much they make, before one is read.
+
+    Raises `UnsafeCheckpoint`, and as `Scale` does.
+    """
     with path.open("rb") as file:
         head = io.BytesIO(file.read(MAX_PICKLE))
     if not head.getvalue().startswith(ZIP):
         for _ in range(5):  # a mark, a version, the machine, the weights, the order of what then follows
-            if head.tell() < len(head.getbuffer()):
+            if (start := head.tell()) < len(head.getbuffer()):
                 _check_pickle(path, head)
+                head.seek(start)
+                Scale().run(head)
         return
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.filename.endswith("data.pkl"):
-                _check_pickle(path, io.BytesIO(_pickle(path, archive, member)))
+                pickled = _pickle(path, archive, member)
+                _check_pickle(path, io.BytesIO(pickled))
+                Scale().run(io.BytesIO(pickled))
 
 
 def _pickle(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int = MAX_PICKLE) -> bytes:
@@ -269,7 +277,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
         (member,) = (member for member in archive.infolist() if torchscript.inside(member.filename) == "data.pkl")
         pickled = _pickle(path, archive, member, torchscript.MOST_BYTES)
         _check_pickle(path, io.BytesIO(pickled), torchscript.is_known)
-        return torchscript.tensors_of(archive, member.filename.partition("/")[0], pickled)
+        return torchscript.archive_tensors(archive, member.filename.partition("/")[0], pickled)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

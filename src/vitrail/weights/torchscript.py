@@ -104,7 +104,7 @@ def _is_class(name: str) -> bool:
     return name.partition(" ")[0].partition(".")[0] == OWN_CLASSES
 
 
-def tensors_of(archive: zipfile.ZipFile, home: str, pickled: bytes) -> dict[str, Tensor]:
+def archive_tensors(archive: zipfile.ZipFile, home: str, pickled: bytes) -> dict[str, Tensor]:
     """Parameters, buffers and other tensors of the module that `home/data.pkl` holds, by their dotted names.
 
     Raises `ValueError`, `LookupError`, `TypeError` or what `zipfile` and PyTorch raise, for what is not as PyTorch
@@ -144,6 +144,8 @@ class Numbers:
         """Of ("storage", kind, key, device, count): the numbers, on the CPU wherever they had been."""
         _, kind, key, _, count = place
         dtype = DTYPES[kind.text]
+        if type(key) is not str or type(count) is not int:
+            raise ValueError(f"a storage has a text and a count; got {type(key).__name__} and {type(count).__name__}")
         if key not in self.read:
             self.read[key] = bytearray(self.archive.read(f"{self.home}/data/{key}"))
         held = self.read[key]
@@ -187,9 +189,13 @@ class Machine:
         return self.last(len(self.stack) - self.marks.pop())
 
     def fill(self, _: object) -> None:
-        """SETITEMS: names and values into the dict below them."""
+        """SETITEMS: names and values into the dict below them.
+
+        What no name bears is a setting, and left out: to hash a tuple of tuples may take forever, or end the process.
+        """
         items = self.marked()
-        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        pairs = zip(items[::2], items[1::2], strict=True)
+        self.stack[-1].update((name, value) for name, value in pairs if isinstance(name, str))
 
     def keep_nothing(self, _: object) -> None:
         """APPENDS: a list stays empty, for lists are settings."""
