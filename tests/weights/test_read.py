@@ -191,7 +191,7 @@ def test_a_part_is_named(shop: Any):
         read_checkpoint(path, "ema")
     path = shop.torch({"checkpoint": {"mine": state, "yours": other(state)}, "epoch": 3})
     assert torch.equal(read_checkpoint(path, "yours").tensors["norm.bias"], state["norm.bias"] + 1)
-    with pytest.raises(CheckpointError, match=r"no state_dict in it, or several \(mine, yours\): name it by part"):
+    with pytest.raises(CheckpointError, match=r"several state_dicts are in it \(mine, yours\): name one by part"):
         read_checkpoint(path)
 
 
@@ -229,6 +229,73 @@ def test_what_was_taken_and_what_was_not_is_reported(shop: Any):
     assert "taken out of averages > task.backbone., not state_dict, which part= names" in report.lines()
     load_weights(model, path, part="state_dict")
     assert torch.equal(model.norm.bias, state["norm.bias"])
+
+
+PARTLY: dict[str, tuple[Callable[[State], Any], tuple[str, ...]]] = {
+    "a number of the average": (lambda s: {"model": s, "ema": {"decay": torch.tensor(0.9)}}, ("model",)),
+    "an average of some": (lambda s: {"state_dict": s, "state_dict_ema": dict(list(s.items())[:6])}, ("state_dict",)),
+    "a name nobody knows beside": (lambda s: {"mine": s, "ema": {"decay": torch.tensor(0.9)}}, ("mine",)),
+    "a metric beside": (lambda s: {"mine": s, "best": torch.tensor(0.9)}, ("mine",)),
+    "among the weights": (lambda s: {**s, "ema": {"decay": torch.tensor(0.9)}}, ()),
+    "an average that is whole": (lambda s: {"model": other(s) | {"text": torch.ones(1)}, "ema": s}, ("ema",)),
+}
+
+
+@pytest.mark.parametrize("what", PARTLY)
+def test_a_whole_network_goes_before_a_dict_of_any_tensor(what: str, shop: Any):
+    wrap, wrappers = PARTLY[what]
+    state, model = shop.state(), shop.network()
+    path = shop.torch(wrap(state))
+    assert read_checkpoint(path).wrappers == wrappers
+    load_weights(model, path)
+    assert torch.equal(model.norm.bias, state["norm.bias"])
+
+
+def test_a_head_beside_the_weights_is_told_as_not_taken(shop: Any, caplog: pytest.LogCaptureFixture):
+    body = {name: value for name, value in shop.state().items() if not name.startswith("head")}
+    head = {"head.weight": torch.zeros(3, 12), "head.bias": torch.zeros(3)}
+    path, model = shop.torch(prefixed(body, "vit.") | head), shop.network(num_classes=0)
+    assert read_checkpoint(path).untaken == read_checkpoint(path).others == tuple(head)
+    assert "not taken: head.weight, head.bias" in load_weights(model, path).lines()
+    assert [(r.levelname, "not taken: head.weight, head.bias" in r.message) for r in caplog.records] == [
+        ("WARNING", True)
+    ]
+
+
+def test_what_else_stands_beside_the_weights_is_told_quietly(shop: Any, caplog: pytest.LogCaptureFixture):
+    path = shop.torch(prefixed(shop.state(), "net.") | {"loss.weight": torch.zeros(1)})
+    with caplog.at_level("INFO"):
+        assert "not taken: loss.weight" in load_weights(shop.network(), path).lines()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    path = shop.torch(prefixed(shop.state(), "student.") | prefixed(shop.state(), "teacher."))
+    assert load_weights(shop.network(), path).untaken == ()  # another network is told as one
+
+
+NONE: dict[str, tuple[Any, str]] = {
+    "a list": ([torch.zeros(2), 1], "weights are a dict of tensors by their names; it holds a list of 2: save the sta"),
+    "a tensor": (torch.zeros(2), "weights are a dict of tensors by their names; it holds a Tensor: save the state_d"),
+    "numbers for names": ({0: {"a": torch.zeros(2)}}, "there is no state_dict in it, but a dict of 0: save the state"),
+    "nothing": ({}, "there is no state_dict in it, but a dict of nothing: save the state_dict alone"),
+}
+
+
+@pytest.mark.parametrize("what", NONE)
+def test_a_file_without_weights_says_what_it_holds(what: str, shop: Any):
+    held, said = NONE[what]
+    with pytest.raises(CheckpointError, match=rf"m\.pth: {said}"):
+        read_checkpoint(shop.torch(held))
+
+
+def test_tensors_are_counted_before_networks_are_looked_for(shop: Any, monkeypatch: pytest.MonkeyPatch):
+    def looked(*_: object) -> bool:
+        raise AssertionError("looked")
+
+    monkeypatch.setattr("vitrail.weights.wrapped.is_network", looked)
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"^20,001 tensors; no network here has more than 20,000$"):
+        unwrapped({str(number): one for number in range(20_001)})
+    with pytest.raises(ValueError, match=r"^20,001 tensors; no network here has more than 20,000$"):
+        unwrapped({"mine": {str(number): one for number in range(20_001)}})
 
 
 def test_averages_are_found_where_training_writes_them(shop: Any):

@@ -101,6 +101,17 @@ def test_numbers_that_lay_on_a_gpu_lie_on_the_cpu(shop: Any):
     assert read_checkpoint(path).tensors["weight"].device.type == "cpu"
 
 
+def test_a_frozen_archive_has_no_weights_and_says_why(shop: Any):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        module = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval()))
+        torch.jit.save(module, shop.place / "f.pt")
+    with pytest.raises(
+        CheckpointError, match=r"f\.pt: weights are param.*torch\.jit\.freeze.*: save it before it is f"
+    ):
+        read_checkpoint(shop.place / "f.pt")
+
+
 # ---- what would run
 
 

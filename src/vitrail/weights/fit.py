@@ -25,6 +25,7 @@ from vitrail.layers.relative import resize_relative
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.names import check_choice, printable, shortened
 from vitrail.weights.read import CheckpointError
+from vitrail.weights.wrapped import is_head
 
 LOG = logging.getLogger("vitrail")
 RGB = ("red", "green", "blue")
@@ -51,6 +52,8 @@ class Report:
     """what the file has around its weights, outermost first"""
     passed: tuple[str, ...] = ()
     """other networks in the file, as `part` names them"""
+    untaken: tuple[str, ...] = ()
+    """tensors of the file that stood beside the weights, under other names"""
     resized: list[str] = field(default_factory=list)
     """a line each: name, old and new shape"""
     bands: tuple[str, ...] = ()
@@ -71,6 +74,7 @@ class Report:
         names = f", translated from the names of {self.source}" if self.renamed else ""
         told = [f"{self.taken} tensors{names}"]
         told += [f"taken out of {' > '.join(self.wrappers)}{_not(self.passed)}"] if self.wrappers else []
+        told += [f"not taken: {first(self.untaken)}"] if self.untaken else []
         told += [*(f"resized {line}" for line in self.resized)]
         told += [f"channels by bands {first(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
@@ -131,9 +135,13 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def tell(where: str, report: Report, loud: bool = False) -> None:
-    """Tells the logger `vitrail` what became of tensors, if anything did; faults, or if `loud`, as a warning."""
+    """Tells the logger `vitrail` what became of tensors, if anything did.
+
+    Faults are a warning, and a head that was left in the file; if `loud`, all is.
+    """
     if len(lines := report.lines()) > 1 or report.renamed:
-        LOG.log(logging.WARNING if loud or report.faults else logging.INFO, "%s: %s", where, "; ".join(lines))
+        loud = loud or bool(report.faults) or any(map(is_head, report.untaken))
+        LOG.log(logging.WARNING if loud else logging.INFO, "%s: %s", where, "; ".join(lines))
 
 
 def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -86,6 +86,8 @@ class File(NamedTuple):
     """what was around the weights, outermost first"""
     passed: tuple[str, ...] = ()
     """other networks in the file, as `part` names them"""
+    untaken: tuple[str, ...] = ()
+    """tensors beside the weights, under names of their own"""
 
 
 def place_of(name: str) -> Place | None:
@@ -139,7 +141,7 @@ def read_file(path: Path, part: str | None = None) -> File:
     renamed = len(tensors.keys() - checkpoint.tensors.keys())
     tables = saved_tables(path.parent, beside.card, tensors) if beside.card and path.name == WEIGHTS else {}
     spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
-    around = (checkpoint.wrappers, checkpoint.passed)
+    around = (checkpoint.wrappers, checkpoint.passed, checkpoint.untaken)
     return File(str(checkpoint.path), tensors, source, renamed, beside, tables, spare, row, *around)
 
 
@@ -153,9 +155,8 @@ def put_in(
     rest: Rest = "mean",
 ) -> Report:
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
-    report = Report(
-        source=file.source, renamed=file.renamed, left_out=file.left_out, wrappers=file.wrappers, passed=file.passed
-    )
+    report = Report(source=file.source, renamed=file.renamed, left_out=file.left_out)
+    report.wrappers, report.passed, report.untaken = file.wrappers, file.passed, file.untaken
     check_said(model, file, report)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest

@@ -58,7 +58,6 @@ EXPORTED = "archive_format"
 """what `torch.export` has in its archives, and nobody else"""
 EXPANSION = 20
 """how many times its own bytes an .npz may unpack to: trained weights hardly shrink at all"""
-MOST_TENSORS = 20_000
 FOLDER_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
@@ -97,6 +96,8 @@ class Checkpoint:
     """what stands beside the weights in the file: optimiser, epoch, other networks"""
     passed: tuple[str, ...] = ()
     """other networks in the file, as `part` names them"""
+    untaken: tuple[str, ...] = ()
+    """of what stands beside, the tensors under names of their own: somebody's head"""
 
 
 def read_checkpoint(path: str | Path, part: str | None = None) -> Checkpoint:
@@ -277,7 +278,13 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
         (member,) = (member for member in archive.infolist() if torchscript.inside(member.filename) == "data.pkl")
         pickled = _pickle(path, archive, member, torchscript.MOST_BYTES)
         _check_pickle(path, io.BytesIO(pickled), torchscript.is_known)
-        return torchscript.archive_tensors(archive, member.filename.partition("/")[0], pickled)
+        tensors = torchscript.archive_tensors(archive, member.filename.partition("/")[0], pickled)
+    if not tensors:
+        raise CheckpointError(
+            f"{path}: weights are parameters of modules; this archive has none, as torch.jit.freeze leaves it, which "
+            "makes them part of its code, and that is never opened: save it before it is frozen"
+        )
+    return tensors
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -342,8 +349,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Plain numbers under names that a network may have. Raises `CheckpointError`."""
-    if len(tensors) > MOST_TENSORS:
-        raise CheckpointError(f"{path}: {len(tensors):,} tensors; no network here has more than {MOST_TENSORS:,}")
     for name, tensor in tensors.items():
         if len(name) > MAX_NAME:
             raise CheckpointError(f"{path}: a tensor's name has at most {MAX_NAME} characters; got {len(name):,}")

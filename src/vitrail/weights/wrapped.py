@@ -31,6 +31,11 @@ DEEPEST = 3
 """parts of the longest prefix that is looked for"""
 SHARE = 0.1
 """of all tensors of a file, what a network in it has at least"""
+WHOLE = 0.5
+"""of the tensors of the largest network in a dict, what a better one has at least: averages of some weights are none"""
+MOST_TENSORS = 20_000
+HEADS = {"head", "heads", "head_dist", "classifier", "fc"}
+"""modules that make logits, as networks call them"""
 
 
 class Found(NamedTuple):
@@ -43,26 +48,36 @@ class Found(NamedTuple):
     """what stands beside the weights"""
     passed: tuple[str, ...]
     """other networks in the file, as `part` names them"""
+    untaken: tuple[str, ...]
+    """tensors that stood beside the weights under names of their own: somebody's head"""
 
 
 def unwrapped(held: Any, part: str | None = None) -> Found:
     """The weights in what a file holds; of several networks the one that `part` names, or the first of `WRAPPERS`.
 
-    Raises `ValueError` where there are none, where nothing says which of several is meant, and where there is no such
-    part.
+    Raises `ValueError` where there are none or too many, where nothing says which of several is meant, and where there
+    is no such part.
     """
     held, wrappers, others, passed, part = _out_of_dicts(_with_averages(held), part)
-    tensors = tensors_of(held)
+    tensors, untaken = tensors_of(held), list[str]()
+    if len(tensors) > MOST_TENSORS:
+        raise ValueError(f"{len(tensors):,} tensors; no network here has more than {MOST_TENSORS:,}")
     others += [str(name) for name in held if name not in tensors]
     while len(wrappers) < MOST_WRAPPERS and (prefix := _prefix(tensors, part, passed)):
         wrappers.append(prefix)
-        others += [name for name in tensors if not name.startswith(prefix) and not name.startswith(tuple(passed))]
+        untaken += [name for name in tensors if not name.startswith((prefix, *passed))]
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         part = None if _is_named(prefix, part) else part
     if part is not None:
-        beside = list(dict.fromkeys(name.rstrip(".") for name in [*others, *passed]))
+        beside = list(dict.fromkeys(name.rstrip(".") for name in [*others, *untaken, *passed]))
         raise ValueError(f"there is no part {part!r} in it; beside the weights stand {_contents(beside)}")
-    return Found(tensors, tuple(wrappers), tuple(others), tuple(name.rstrip(".") for name in passed))
+    found = tuple(name.rstrip(".") for name in passed)
+    return Found(tensors, tuple(wrappers), (*others, *untaken), found, tuple(untaken))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor's name is that of something's head."""
+    return not HEADS.isdisjoint(name.split("."))
 
 
 def _with_averages(held: Any) -> Any:
@@ -88,7 +103,7 @@ def _out_of_dicts(held: Any, part: str | None) -> tuple[Any, list[str], list[str
         wrappers.append(key)
         held, part = held[key], None if key == part else part
     if key or not tensors_of(held):
-        raise ValueError(f"there is no state_dict in it, or several ({_contents(held)}): name it by part")
+        raise ValueError(_none_in(held))
     return held, wrappers, others, passed, part
 
 
@@ -99,9 +114,23 @@ def _wrapper(held: Any, part: str | None) -> str | None:
     if part in inner:
         return part
     known = [name for name in WRAPPERS if name in inner]
+    sizes = {name: _network_size(held[name], *held[name].values()) for name in inner}
+    if most := max((sizes[name] for name in known), default=0):
+        return next(name for name in known if sizes[name] >= WHOLE * most)
+    networks = [name for name in inner if sizes[name]]
+    if inner and _network_size(held):
+        return None
+    if len(networks) == 1:
+        return networks[0]
     if known:
         return known[0]
     return inner[0] if len(inner) == 1 and not tensors_of(held) else None
+
+
+def _network_size(*held: Any) -> int:
+    """How many tensors the largest network has among dicts of tensors; 0 where none is one."""
+    whole = (names for names in map(tensors_of, held) if 0 < len(names) <= MOST_TENSORS)
+    return max((len(names) for names in whole if is_network(names) or _networks(names)), default=0)
 
 
 def _has_tensors(held: Any) -> bool:
@@ -159,8 +188,17 @@ def _is_named(prefix: str, part: str | None) -> bool:
     return part is not None and (part in prefix.split(".") or part == prefix.rstrip("."))
 
 
-def _contents(held: Any) -> str:
-    """What stands in a file, told briefly."""
-    if not isinstance(held, Mapping | list):
-        return type(held).__name__
-    return ", ".join(printable(str(name)[:60]) for name in list(held)[:8]) or "nothing"
+def _none_in(held: Any) -> str:
+    """Why no weights are found in what a file holds."""
+    if not isinstance(held, Mapping):
+        what = f"a {type(held).__name__}" + (f" of {len(held)}" if isinstance(held, list | tuple) else "")
+        return f"weights are a dict of tensors by their names; it holds {what}: save the state_dict alone"
+    parts = [name for name, value in held.items() if isinstance(name, str) and _has_tensors(value)]
+    if len(parts) > 1:
+        return f"several state_dicts are in it ({_contents(parts)}): name one by part"
+    return f"there is no state_dict in it, but a dict of {_contents(held)}: save the state_dict alone"
+
+
+def _contents(names: Iterable[Any]) -> str:
+    """Names in a file, told briefly."""
+    return ", ".join(printable(str(name)[:60]) for name in list(names)[:8]) or "nothing"
