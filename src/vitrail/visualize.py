@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.draw.canvas import Canvas, save_figure
 from vitrail.draw.pictures import head_grid, layer_row, patch_picture
-from vitrail.explain.choice import Layers, layer_numbers, whole_numbers
+from vitrail.explain.choice import Layers, layer_numbers, number_tuple
 from vitrail.explain.maps import attention_depth, explain_layers
 from vitrail.images import AnyImage, to_pixels
 from vitrail.names import shortened
@@ -120,7 +120,7 @@ class AttentionVisualizer:
         The network runs twice, the first time to count its layers, so that only the one shown is recorded.
         """
         depth = attention_depth(self.predictor.model, self.predictor.look(image)[1])
-        number = whole_numbers([layer_idx])
+        number = number_tuple([layer_idx])
         if not number or not -depth <= number[0] < depth:
             raise ValueError(
                 f"layer_idx must lie in -{depth} … {depth - 1}: the model has a depth of {depth} attention layers; "

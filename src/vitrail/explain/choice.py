@@ -46,7 +46,7 @@ def readout_rows(layout: Layout) -> tuple[int, ...] | None:
     return layout.readout
 
 
-def whole_numbers(given: Any) -> tuple[int, ...]:
+def number_tuple(given: Any) -> tuple[int, ...]:
     """One whole number, or several, as a tuple; an empty one where anything else is among them."""
     values = tuple(given) if isinstance(given, Iterable) else (given,)
     whole = all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
@@ -57,7 +57,7 @@ def layer_numbers(layers: Layers) -> tuple[int, ...] | None:
     """None is all. Raises `ValueError` for what is no number from 1."""
     if layers is None:
         return None
-    numbers = whole_numbers(layers)
+    numbers = number_tuple(layers)
     if min(numbers, default=0) < 1:
         raise ValueError(f"layers must be numbers from 1, or None for all; got {shortened(layers)}")
     return numbers
@@ -92,8 +92,8 @@ class Choice:
 
     def __init__(self, layers: Layers, heads: Heads, queries: Queries) -> None:
         self.layers = layer_numbers(layers)
-        self.heads = heads if heads is None or heads == "mean" else whole_numbers(heads)
-        self.queries = queries if queries is None or queries == "class" else whole_numbers(queries)
+        self.heads = heads if heads is None or heads == "mean" else number_tuple(heads)
+        self.queries = queries if queries is None or queries == "class" else number_tuple(queries)
         if self.heads == ():
             raise ValueError(f"heads must be mean, head numbers from 0, or None for all; got {shortened(heads)}")
         if self.queries == ():

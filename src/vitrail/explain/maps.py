@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.explain.chain import check_chain, check_tail, keys, queries
-from vitrail.explain.choice import Heads, Layers, layer_numbers, readout_rows, whole_numbers
+from vitrail.explain.choice import Heads, Layers, layer_numbers, number_tuple, readout_rows
 from vitrail.explain.places import Query, chosen_rows, known_layout, on_image
 from vitrail.explain.record import AttentionMap, record_attention
 from vitrail.layers.modes import evaluating
@@ -290,7 +290,7 @@ def _by_rollout(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
 def _by_attention(model: nn.Module, batch: Tensor, asked: Request) -> Explained:
     if asked.discard:
         raise ValueError(f"discard belongs to rollout; got discard={asked.discard} with method='attention'")
-    number = () if isinstance(asked.heads, Iterable) else whole_numbers(asked.heads)
+    number = () if isinstance(asked.heads, Iterable) else number_tuple(asked.heads)
     if not number and (not isinstance(asked.heads, str) or asked.heads not in (*FUSIONS, "all")):
         got = shortened(asked.heads)
         raise ValueError(f"heads must be {', '.join(FUSIONS)}, all or a head's number from 0; got {got}")

@@ -42,7 +42,7 @@ def family_config(cls: type[T]) -> type[T]:
 def check_least(config: Any, least: Mapping[str, int]) -> None:
     """Raises `ValueError` where a field, or one number of a field of several, is less than it may be."""
     for name, bound in least.items():
-        if min(_flat(getattr(config, name)), default=bound) < bound:
+        if min(flat(getattr(config, name)), default=bound) < bound:
             raise ValueError(f"{name} must be at least {bound}; got {getattr(config, name)}")
 
 
@@ -56,7 +56,7 @@ def check_rates(config: Any) -> None:
 def check_hidden(config: Any, widths: str, ratios: str) -> None:
     """Raises `ValueError` where the ratios of a field leave an MLP of these widths nothing hidden."""
     given = getattr(config, ratios)
-    pairs = zip(_flat(getattr(config, widths)), _flat(given), strict=True)
+    pairs = zip(flat(getattr(config, widths)), flat(given), strict=True)
     if min(int(width * ratio) for width, ratio in pairs) < 1:
         raise ValueError(f"{ratios} must leave a hidden width of at least 1; got {given}: the usual is 4")
 
@@ -93,8 +93,9 @@ def check_stages(config: Any, *names: str) -> None:
             )
 
 
-def _flat(value: Any) -> list[Any]:
-    return [number for part in value for number in _flat(part)] if isinstance(value, tuple | list) else [value]
+def flat(value: Any) -> list[Any]:
+    """The values of a list, and of lists within it; of one that is no list, that one."""
+    return [number for part in value for number in flat(part)] if isinstance(value, tuple | list) else [value]
 
 
 def _check_kinds(config: type, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrail.models.backbone import Backbone
+from vitrail.models.config import flat
 from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
 from vitrail.weights.layouts import favoured, left_out, ours
@@ -58,7 +59,7 @@ def likeness(tensors: Mapping[str, Tensor], favoured: str = "") -> list[Likeness
 def _width(config: Any) -> int:
     """The greatest width of a network: its one, or that of its widest stage."""
     given = vars(config)
-    return max(_numbers(given["embed_dims"] if "embed_dims" in given else given["embed_dim"]))
+    return max(flat(given["embed_dims"] if "embed_dims" in given else given["embed_dim"]))
 
 
 def fitting_rows(tensors: Mapping[str, Tensor], favoured: str = "") -> list[str]:
@@ -110,10 +111,6 @@ def _families(shapes: Shapes) -> list[str]:
 
 def _plain(name: str) -> str:
     return re.sub(r"\d+", "#", name)
-
-
-def _numbers(value: Any) -> list[int]:
-    return [n for part in value for n in _numbers(part)] if isinstance(value, tuple | list) else [value]
 
 
 # ---- what is told

@@ -77,6 +77,20 @@ def create_model(
     naming the nearest, for a name that is no text, and for a `pretrained` that is a path; `FetchError` where weights
     cannot be had.
     """
+    _check_asked(name, pretrained)
+    overrides = unpacked(overrides)
+    if pretrained:
+        return _pretrained(name, overrides, bands, rest)
+    if bands is not None:
+        raise ValueError(f"bands say where trained kernels go; {name} begins with fresh ones: give in_chans alone")
+    source = SOURCES.get(name)
+    model = build_model(name if source is None else source.row, **overrides)
+    say_row(name, name if source is not None else model.variant, min(model.preprocess.img_size))
+    return model
+
+
+def _check_asked(name: Any, pretrained: Any) -> None:
+    """A name, and whether its weights are wanted, which some names are alone. Raises as `create_model` does."""
     if not isinstance(name, str):
         raise TypeError(f"create_model takes the name of a model, such as 'vit_tiny'; got {shortened(name)}")
     if not isinstance(pretrained, bool):
@@ -85,19 +99,10 @@ def create_model(
             "load_weights(model, path) puts a file's weights into a network, create_model('local-dir:path', "
             "pretrained=True) makes the one that a file or folder is for"
         )
-    overrides = unpacked(overrides)
-    if pretrained:
-        return _pretrained(name, overrides, bands, rest)
-    if bands is not None:
-        raise ValueError(f"bands say where trained kernels go; {name} begins with fresh ones: give in_chans alone")
-    if place_of(name):
+    if not pretrained and place_of(name):
         raise ValueError(f"{name} names weights: use create_model({name!r}, pretrained=True)")
-    if name in SHIPPED:
+    if not pretrained and name in SHIPPED:
         raise ValueError(f"{name} ships with its weights: use create_model({name!r}, pretrained=True)")
-    source = SOURCES.get(name)
-    model = build_model(name if source is None else source.row, **overrides)
-    say_row(name, name if source is not None else model.variant, min(model.preprocess.img_size))
-    return model
 
 
 def _pretrained(name: str, overrides: dict[str, Any], bands: Sequence[str] | None, rest: Rest) -> Backbone:

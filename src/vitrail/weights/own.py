@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.folder import FolderError, read_card, read_weights
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
-from vitrail.models.config import spelled
+from vitrail.models.config import flat, spelled
 from vitrail.models.registry import FAMILIES, build_from_config
 from vitrail.records import ModelCard, Preprocess
 from vitrail.weights.fit import RGB, Report, Rest, check_fit, fitted, tell
@@ -125,9 +125,7 @@ def _check_depth(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -
 
 def whole_numbers(value: Any) -> list[int]:
     """Those in a list, and in lists within it: blocks, blocks of each stage, of each branch of each stage."""
-    if isinstance(value, list | tuple):
-        return [number for part in value for number in whole_numbers(part)]
-    return [value] if isinstance(value, int) else []
+    return [number for number in flat(value) if isinstance(number, int)]
 
 
 def _check_memory(folder: Path, derived: Sequence[Tensor], weights: Mapping[str, Tensor]) -> None:
