@@ -229,7 +229,7 @@ ENDLESS: dict[str, bytes] = {
     "a doubled function": SIXTY + TOP + b")R",
     "a doubled class": SIXTY + TOP + b")\x81",
     "a doubled layout": SIXTY + b"ctorch._utils\n_rebuild_sparse_tensor\n" + TOP + b"N\x86R",
-    "a layout of lists": lists(60) + b"ctorch._utils\n_rebuild_sparse_tensor\n" + TOP + b"N\x86R",
+    "a scheme of lists": lists(60) + b"ctorch._utils\n_rebuild_qtensor\n(NNNN" + TOP + b"\x85NNtR",
     "a long text copied often": (
         b"c_codecs\nencode\nq\x00" + text("x" * 10**6) + text("latin1") + b"\x86q\x01" + b"h\x00h\x01R" * 50_000
     ),

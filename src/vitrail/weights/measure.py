@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Iterable
-from typing import IO
+from typing import IO, Any
 
 MOST_DEPTH = 64
 """lists, tuples and dicts in one another; settings of training scripts have some ten"""
@@ -130,7 +130,7 @@ def _storage(scale: Scale, _: object) -> None:
     scale.push(PLAIN)
 
 
-OPCODES: dict[str, Callable[[Scale, object], None]] = {
+OPCODES: dict[str, Callable[[Scale, Any], None]] = {
     "PROTO": lambda scale, _: None,
     "STOP": lambda scale, _: scale.leave(1),
     **dict.fromkeys(
