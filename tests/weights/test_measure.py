@@ -55,6 +55,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
         b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(40)),
         "more than 10,000,000 values, each counted as often as it is met",
     ),
+    "copies": (
+        b"ccollections\nCounter\nq\x00](" + b"N" * 100_000 + b"e\x85q\x01" + b"h\x00h\x01R" * 100,
+        "more than 10,000,000 values, each counted as often as it is met",
+    ),
     "a list that grows inside another": (b"]q\x00](h\x00eh\x00(Ne", "a list or dict that grows inside another"),
     "a text that is filled": (text("a") + b"(Ne", "a list or dict that grows inside another"),
     "a number that is filled": (b"N(Ne", "a list or dict that grows inside another"),
