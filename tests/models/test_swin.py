@@ -79,6 +79,7 @@ def test_a_row_has_the_published_parameters_and_macs(row: str) -> None:
         (dict(window_size=(7, 7, 7)), "a size is one whole number"),
         (dict(mlp_ratio=0.001), "mlp_ratio must leave a hidden width"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must lie in \[0, 1\)"),
+        (dict(norm_eps=-1e-5), r"norm_eps must lie in \(0, 1\); got -1e-05"),
         (dict(embed_dim=95), "embed_dim 95 is not divisible by num_heads 3"),
     ],
 )
