@@ -296,6 +296,7 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         ),
         (dict(num_heads=(1, 2, 5, 4)), "embed_dim 24 is not divisible by num_heads 5: use 4 heads or a width of 25"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must lie in \[0, 1\); got 1.0"),
+        (dict(conv_norm_eps=0.0), r"conv_norm_eps must lie in \(0, 1\); got 0.0: the usual are 1e-6 and 1e-5"),
     ],
 )
 def test_wrong_values_say_the_rule_and_the_mend(given: dict[str, Any], words: str) -> None:

@@ -247,6 +247,7 @@ def test_checkpointing_runs_every_block_again() -> None:
         ),
         (dict(num_heads=(1, 2, 5, 4)), "embed_dim 24 is not divisible by num_heads 5"),
         (dict(attn_drop_rate=-0.1), r"attn_drop_rate must lie in \[0, 1\); got -0.1"),
+        (dict(norm_eps=1.0), r"norm_eps must lie in \(0, 1\); got 1.0"),
     ],
 )
 def test_wrong_values_say_the_rule_and_the_mend(given: dict[str, Any], words: str) -> None:

@@ -14,7 +14,7 @@ from vitrail.explain.maps import attention_map
 from vitrail.explain.record import record_attention
 from vitrail.layers.blocks import DropPath
 from vitrail.layers.embed import pair
-from vitrail.models.swin import VARIANTS, PatchMerging, SwinConfig, SwinTransformer
+from vitrail.models.swin import VARIANTS, PatchMerging, SwinConfig, SwinTransformer, stage_grids
 
 # fmt: off
 PUBLISHED = {
@@ -79,6 +79,7 @@ def test_a_row_has_the_published_parameters_and_macs(row: str) -> None:
         (dict(window_size=(7, 7, 7)), "a size is one whole number"),
         (dict(mlp_ratio=0.001), "mlp_ratio must leave a hidden width"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must lie in \[0, 1\)"),
+        (dict(norm_eps=-1e-5), r"norm_eps must lie in \(0, 1\); got -1e-05"),
         (dict(embed_dim=95), "embed_dim 95 is not divisible by num_heads 3"),
     ],
 )
@@ -243,3 +244,10 @@ def test_a_headless_network_gives_its_mean() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(model(x), model.features(x).maps[-1].mean((2, 3)), atol=1e-6)
+
+
+def test_grids_of_stages_are_those_of_their_maps() -> None:
+    model = SwinTransformer(img_size=(40, 72), patch_size=(2, 4), window_size=4, embed_dim=8, depths=(1, 1, 1),
+                            num_heads=(1, 1, 1))  # fmt: skip
+    maps = model.features(torch.randn(1, 3, 40, 72)).maps
+    assert stage_grids(model.config) == [tuple(found.shape[2:]) for found in maps] == [(20, 18), (10, 9), (5, 5)]

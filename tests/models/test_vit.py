@@ -402,6 +402,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         for name in ("drop", "pos_drop", "proj_drop", "attn_drop", "drop_path")
         for rate in (-0.1, 1.0)
     ],
+    *[({"norm_eps": eps}, rf"norm_eps must lie in \(0, 1\); got {eps}") for eps in (-1.0, 0.0, 1.0)],
     (dict(mlp_ratio=0), "mlp_ratio must leave a hidden width of at least 1; got 0: the usual is 4"),
     (dict(class_token=False), "global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'"),
     (dict(global_pool="tokens"), "global_pool must be one of token, avg, map; got 'tokens': did you mean token"),

@@ -200,6 +200,8 @@ def test_layer_scale_of_nothing_at_first_is_layer_scale_at_timm_too(tmp_path: Pa
     ("transformers", "resnet_debug", {}, "family resnet are not written for transformers: .* --to vitrail$"),
     ("transformers", "resnet18_224", {}, "are not written for transformers: write it with --to vitrail or --to timm$"),
     ("transformers", "vit_debug", {"reg_tokens": 2}, "ViT knows no reg_tokens=2: .* --to vitrail or --to timm$"),
+    ("transformers", "pvt_debug", {"conv_norm_eps": 1e-6, "patch_size": 4, "img_size": (64, 96)},
+     "PVT has a square img_size; got 64 x 96: write it with --to vitrail$"),
     ("transformers", "swin_debug", {"norm_eps": 1e-6},
      "has 1e-05 in some norms, whatever its layer_norm_eps; this network has norm_eps=1e-06 in all"),
     ("transformers", "pvt_v2_b0", {},

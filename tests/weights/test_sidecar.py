@@ -50,7 +50,7 @@ def test_transformers(tmp_path: Path):
     p = found.preprocess
     assert p is not None and p.img_size == (224, 192) and p.mean == (0.1, 0.2, 0.3) and p.std == (0.4, 0.5, 0.6)
     assert (p.interpolation, p.crop_pct, p.crop_mode) == ("bilinear", 1.0, "squash")
-    assert found.classes == ("cat", "dog") and found.architecture == "vit" and found.fields == {"norm_eps": 1e-12}
+    assert found.classes == ("cat", "dog") and found.architecture == "vit" and found.transformers == CONFIG
     assert beside(tmp_path, CONFIG, PROCESSOR | {"size": 224}).preprocess == p.replace(img_size=(224, 224))
 
 

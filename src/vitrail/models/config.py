@@ -53,6 +53,13 @@ def check_rates(config: Any) -> None:
             raise ValueError(f"{name} must lie in [0, 1); got {getattr(config, name)}")
 
 
+def check_epsilons(config: Any) -> None:
+    """Raises `ValueError` where a field whose name ends in `_eps` is no number in (0, 1)."""
+    for name in (f.name for f in fields(config) if f.name.endswith("_eps")):
+        if not 0 < getattr(config, name) < 1:
+            raise ValueError(f"{name} must lie in (0, 1); got {getattr(config, name)}: the usual are 1e-6 and 1e-5")
+
+
 def check_hidden(config: Any, widths: str, ratios: str) -> None:
     """Raises `ValueError` where the ratios of a field leave an MLP of these widths nothing hidden."""
     given = getattr(config, ratios)
@@ -96,6 +103,11 @@ def check_stages(config: Any, *names: str) -> None:
 def flat(value: Any) -> list[Any]:
     """The values of a list, and of lists within it; of one that is no list, that one."""
     return [number for part in value for number in flat(part)] if isinstance(value, tuple | list) else [value]
+
+
+def tuples(value: Any) -> Any:
+    """As a config holds it: JSON has lists for tuples."""
+    return tuple(tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def _check_kinds(config: type, values: Mapping[str, Any]) -> None:

@@ -45,7 +45,15 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
+from vitrail.models.config import (
+    check_epsilons,
+    check_hidden,
+    check_least,
+    check_rates,
+    check_stages,
+    choose,
+    family_config,
+)
 
 
 @family_config
@@ -95,6 +103,7 @@ class PVTConfig:
         positive = ("patch_size", "in_chans", "embed_dims", "depths", "num_heads", "sr_ratios")
         check_least(self, {**dict.fromkeys(positive, 1), "img_size": self.least, "num_classes": 0})
         check_rates(self)
+        check_epsilons(self)
         check_hidden(self, "embed_dims", "mlp_ratios")
         if self.sr_ratios[-1] != 1:
             raise ValueError(f"sr_ratios must end in 1, where the class token has no cell; got {self.sr_ratios}")

@@ -37,7 +37,15 @@ from vitrail.layers.parts import by_parts
 from vitrail.layers.reduction import LinearReductionAttention, ReducedAttention, SpatialReductionAttention
 from vitrail.layers.tokens import as_map, mean_tokens
 from vitrail.models.backbone import Backbone, FeatureInfo, Features, Tokens, drawn_once, usual_preprocess
-from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
+from vitrail.models.config import (
+    check_epsilons,
+    check_hidden,
+    check_least,
+    check_rates,
+    check_stages,
+    choose,
+    family_config,
+)
 
 
 @family_config
@@ -89,6 +97,7 @@ class PVTV2Config:
         positive = ("patch_size", "stride", "in_chans", "embed_dims", "depths", "num_heads", "sr_ratios")
         check_least(self, {**dict.fromkeys(positive, 1), "img_size": self.least, "num_classes": 0})
         check_rates(self)
+        check_epsilons(self)
         check_hidden(self, "embed_dims", "mlp_ratios")
 
     @property

@@ -44,7 +44,15 @@ from vitrail.models.backbone import (
     drawn_once,
     usual_preprocess,
 )
-from vitrail.models.config import check_hidden, check_least, check_rates, check_stages, choose, family_config
+from vitrail.models.config import (
+    check_epsilons,
+    check_hidden,
+    check_least,
+    check_rates,
+    check_stages,
+    choose,
+    family_config,
+)
 
 PAIRS = ("img_size", "patch_size", "window_size")
 LEAST = {**dict.fromkeys((*PAIRS, "embed_dim", "depths", "num_heads", "in_chans"), 1), "num_classes": 0}
@@ -91,7 +99,15 @@ class SwinConfig:
         check_stages(self, "num_heads")
         check_least(self, LEAST)
         check_rates(self)
+        check_epsilons(self)
         check_hidden(self, "embed_dim", "mlp_ratio")
+
+
+def stage_grids(c: SwinConfig) -> list[Pair]:
+    """Rows and columns of cells of each stage at the own image size; of an odd side, the last cell is a half."""
+    (height, width), (rows, columns) = pair(c.img_size), pair(c.patch_size)
+    sides = [(rows * 2**i, columns * 2**i) for i in range(len(c.depths))]
+    return [(-(-height // down), -(-width // across)) for down, across in sides]
 
 
 def _row(
@@ -236,11 +252,9 @@ class SwinTransformer(Backbone):
                 dynamic_pad=c.dynamic_pad, norm=partial(nn.LayerNorm, eps=c.norm_eps),
             )  # fmt: skip
             self.layers = nn.ModuleList()
-            grid = self.patch_embed.grid_size
-            for i, depth in enumerate(c.depths):
+            for i, (depth, grid) in enumerate(zip(c.depths, stage_grids(c), strict=True)):
                 first = sum(c.depths[:i])
                 self.layers.append(SwinStage(c, i, grid, rates[first : first + depth]))
-                grid = -(-grid[0] // 2), -(-grid[1] // 2)
             self.num_features = c.embed_dim * 2 ** (len(c.depths) - 1)
             self.norm = nn.LayerNorm(self.num_features, eps=c.norm_eps)
             self.head = Head(self.num_features, c.num_classes, c.drop_rate)

@@ -14,7 +14,7 @@ from vitrail.layers.attention import Kernel
 from vitrail.layers.blocks import ACTIVATIONS, BLOCKS, MLPS, NORMS
 from vitrail.layers.embed import PROJECTIONS, Size, pair
 from vitrail.layers.rope import ROPES
-from vitrail.models.config import check_hidden, check_least, check_numbers, check_rates, family_config
+from vitrail.models.config import check_epsilons, check_hidden, check_least, check_numbers, check_rates, family_config
 from vitrail.names import check_choice
 
 PAIRS = ("img_size", "patch_size")
@@ -117,6 +117,7 @@ class ViTConfig:
             check_choice(name, getattr(self, name), allowed)
         check_least(self, LEAST)
         check_rates(self)
+        check_epsilons(self)
         check_hidden(self, "embed_dim", "mlp_ratio")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")

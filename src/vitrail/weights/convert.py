@@ -21,11 +21,12 @@ from torch import Tensor
 from vitrail.folder import CONFIG, WEIGHTS, FolderError, save_tensors, whole_folder
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES
+from vitrail.models.swin import SwinConfig
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
 from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
 from vitrail.weights.sources import SOURCES
-from vitrail.weights.timm_configs import ARGS, NAMES, SAME, to_timm
+from vitrail.weights.timm_configs import ARGS, NAMES, SAME, to_timm, uneven_stage
 from vitrail.weights.transformers_configs import CONFIGS, Unsaid
 from vitrail.weights.transformers_names import to_transformers
 
@@ -104,6 +105,8 @@ def _timm(model: Backbone) -> tuple[FILES, dict[str, Tensor]]:
     if strange := _strange(model, changed):
         why = WHY.get((model.family, strange[0]), "")
         raise Unsaid(f"timm's {NAMES.get(row, row)} takes no {strange[0]}={changed[strange[0]]!r}{why and f' ({why})'}")
+    if isinstance(model.config, SwinConfig) and (odd := uneven_stage(model.config)):
+        raise Unsaid(f"timm's Swin answers otherwise where {odd}, as img_size {model.config.img_size} makes it")
     said = {
         "architecture": NAMES.get(row, row),
         "num_classes": model.num_classes,

@@ -65,7 +65,7 @@ class Report:
     remarks: list[str] = field(default_factory=list)
     """what else changes answers a little: another epsilon"""
     faults: list[str] = field(default_factory=list)
-    """what is wrong with the numbers, though they fit"""
+    """why answers may be wrong though all fits: NaN, or a config that says what is not read"""
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """names for which this package has no use, by what they are: the text tower, a decoder"""
 

@@ -6,7 +6,7 @@ local-dir:path, hf-hub:org/name ── fetched ──> a file ── read_file �
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,31 +17,36 @@ from torch import Tensor
 from vitrail.folder import CONFIG, WEIGHTS, find_folder, read_weights
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
-from vitrail.models.config import spelled
-from vitrail.models.registry import FAMILIES, ROWS
+from vitrail.models.config import spelled, tuples
+from vitrail.models.registry import ROWS
 from vitrail.names import shortened
 from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, Unreachable, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
 from vitrail.weights.layouts import favoured, left_out, ours
-from vitrail.weights.own import banded_preprocess, load_folder, saved_tables, whole_numbers
+from vitrail.weights.own import banded_preprocess, load_folder, saved_tables
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
+from vitrail.weights.said import Base, base_of, check_plausible, said_network
 from vitrail.weights.shards import INDICES
 from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
-from vitrail.weights.transformers_networks import network_of
+from vitrail.weights.timm_configs import strange_args, uneven_stage
 
 LOCAL = "local-dir:"
-FREE = {
-    "img_size", "patch_size", "in_chans", "num_classes", "window_size", "ref_feat_shape", "attn", "dynamic_pad",
-    "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "init_values",
+RATIOS = {"mlp_ratio", "mlp_ratios"}
+RESIZED = {"patch_size", "window_size", "global_blocks"}
+FREE = RESIZED | {
+    "img_size", "in_chans", "num_classes", "ref_feat_shape", "attn", "dynamic_pad", "drop_rate", "pos_drop_rate",
+    "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "init_values", *RATIOS,
 }  # fmt: skip
-"""fields in which a network may differ from the one that its weights were of: sizes, or what trained nets do not use"""
-LAYERS = ("_layer", "block_fn")
-"""how the names of timm's arguments end that say which layers a network has: what no shape shows"""
-EPSILONS = {"norm_eps", "conv_norm_eps"}
+"""fields in which a network may differ from the one that its weights were of: sizes, what trained networks do not use,
+and ratios, of which shapes show all that counts"""
+POOLING = {"global_pool", "fc_norm"}
+"""fields that are a head's matter: they must agree where it is taken"""
+NEAR_FIELDS = {"norm_eps", "conv_norm_eps"}
 NEAR_EPSILON = 1e-5
+UNREAD = "configs of transformers' {} are not read here, and what they say no shape of a weight may show"
 
 
 class Place(NamedTuple):
@@ -50,20 +55,6 @@ class Place(NamedTuple):
     repo: str
     """of the hub; empty for a folder or file on this disk"""
     path: Path
-
-
-class Base(NamedTuple):
-    """What a network is made of: a row of the registry, or what stands beside its weights."""
-
-    family: str
-    config: Any
-    row: str = ""
-
-    def built(self, fields: Mapping[str, Any]) -> Backbone:
-        """The network with these fields of its config."""
-        model = FAMILIES[self.family].model(replace(self.config, **fields))
-        model.variant = self.row
-        return model
 
 
 class File(NamedTuple):
@@ -76,6 +67,8 @@ class File(NamedTuple):
     """whose names they had"""
     renamed: int
     beside: Sidecar
+    said: Base | None
+    """the network that transformers' config says, where the names are its"""
     tables: Mapping[str, PositionTable]
     """what tables of positions were made for, where that is known"""
     left_out: Mapping[str, Sequence[str]] = {}
@@ -130,19 +123,23 @@ def is_own(path: Path) -> bool:
 
 
 def read_file(path: Path, part: str | None = None) -> File:
-    """A file, or a folder that holds one, with its names turned into ours. Model folders of ours are checked."""
+    """A file, or a folder that holds one, with its names turned into ours. Model folders of ours are checked.
+
+    Raises `CheckpointError` where transformers' config beside it says what no network here can be.
+    """
     path = find_folder(path) if is_own(path) else path
     beside = read_sidecar(path)
     if beside.card is not None and path.is_dir():
         weights = read_weights(find_folder(path))
-        return File(str(path), weights, "vitrail", 0, beside, saved_tables(path, beside.card, weights))
+        return File(str(path), weights, "vitrail", 0, beside, None, saved_tables(path, beside.card, weights))
     checkpoint = read_checkpoint(path, part)
     tensors, source = ours(checkpoint.tensors)
     renamed = len(tensors.keys() - checkpoint.tensors.keys())
     tables = saved_tables(path.parent, beside.card, tensors) if beside.card and path.name == WEIGHTS else {}
     spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
-    around = (checkpoint.wrappers, checkpoint.passed, checkpoint.untaken)
-    return File(str(checkpoint.path), tensors, source, renamed, beside, tables, spare, row, *around)
+    around, where = (checkpoint.wrappers, checkpoint.passed, checkpoint.untaken), str(checkpoint.path)
+    said = said_network(where, beside.transformers, tensors) if source.startswith("transformers") else None
+    return File(where, tensors, source, renamed, beside, said, tables, spare, row, *around)
 
 
 def put_in(
@@ -157,7 +154,7 @@ def put_in(
     """Writes a file's weights into a network, once all of them fit; it takes over what is known of their images."""
     report = Report(source=file.source, renamed=file.renamed, left_out=file.left_out)
     report.wrappers, report.passed, report.untaken = file.wrappers, file.passed, file.untaken
-    check_said(model, file, report)
+    check_said(model, file, report, () if new_head or not model.num_classes else POOLING)
     made = fitted(
         file.where, model, file.tensors, report, new_head=new_head, tables=file.tables, bands=bands, rest=rest
     )
@@ -175,26 +172,23 @@ def put_in(
     return report
 
 
-def check_said(model: Backbone, file: File, report: Report) -> None:
+def check_said(model: Backbone, file: File, report: Report, pooling: Collection[str] = ()) -> None:
     """What no shape shows, such as heads and activations, must be as the file's own config says where there is one.
 
-    Raises `CheckpointError`. Epsilons that differ by little are a remark, for they change answers by little.
+    `pooling` names fields that count because a head is taken. Raises `CheckpointError`. Epsilons that differ by little
+    are a remark, for they change answers by little.
     """
     card = file.beside.card
-    _said(file)
-    saved = dict(file.beside.fields) if card is None else dict(card.config)
-    own = asdict(model.config)
     if card is not None and card.family != model.family:
         return  # their shapes will tell
-    other = {
-        name: (own[name], like(saved[name]))
-        for name in saved
-        if name in own and name not in FREE and like(saved[name]) != own[name]
-    }
-    near = {name for name, (a, b) in other.items() if name in EPSILONS and max(a, b) <= NEAR_EPSILON}
+    free, own = FREE | (POOLING - set(pooling)), asdict(model.config)
+    saved = {name: tuples(value) for name, value in _saved(file).items() if name in own and name not in free}
+    other = {name: (own[name], value) for name, value in saved.items() if value != own[name]}
+    near = {name for name, (a, b) in other.items() if name in NEAR_FIELDS and max(a, b) <= NEAR_EPSILON}
     for name in sorted(near):
         made, own_eps = other[name][1], other[name][0]
         report.remarks.append(f"made with {name}={made:g}, the network has {own_eps:g}: answers differ by little")
+    report.faults += [*_unread(file, model), *_cut_otherwise(file)]
     if wrong := sorted(other.keys() - near):
         pairs = ", ".join(f"{name}={other[name][0]!r}, not {other[name][1]!r}" for name in wrong)
         raise CheckpointError(
@@ -203,9 +197,43 @@ def check_said(model: Backbone, file: File, report: Report) -> None:
         )
 
 
-def like(value: Any) -> Any:
-    """As a config holds it: JSON has lists for tuples."""
-    return tuple(like(part) for part in value) if isinstance(value, list) else value
+def _saved(file: File) -> Mapping[str, Any]:
+    """Fields of the network that weights were of, as far as what stands beside them says any."""
+    if file.beside.card is not None:
+        return file.beside.card.config
+    return file.beside.fields if file.said is None else asdict(file.said.config)
+
+
+def _unread(file: File, model: Backbone) -> list[str]:
+    """Lines of what stands beside a file and nothing here reads: whether it changes answers, nobody can tell."""
+    known = {f.name for f in fields(model.config)}
+    args = [
+        f"model_args beside it has {arg}, which no network here takes by that name" for arg in _strange(file, known)
+    ]
+    return args + ([UNREAD.format(file.beside.architecture)] if _is_of_unread_kind(file) else [])
+
+
+def _strange(file: File, known: Collection[str]) -> list[str]:
+    """timm's arguments beside a file that are none of the fields `known`, with their values."""
+    args = file.beside.fields
+    return [*(f"{name}={shortened(args[name])}" for name in strange_args(args, known)), *file.beside.unread]
+
+
+def _is_of_unread_kind(file: File) -> bool:
+    """Whether the config of a network of transformers is of a kind that is not read."""
+    kind = file.beside.architecture if file.beside.transformers else ""
+    return file.source.startswith("transformers") and file.said is None and bool(kind)
+
+
+def _cut_otherwise(file: File) -> list[str]:
+    """A line where timm's Swin was of a size at which its windows are not the ones here."""
+    row = file.beside.architecture
+    if ROWS.get(row) != "swin" or not file.beside.fields:
+        return []
+    size = {name: value for name, value in file.beside.fields.items() if name in ("img_size", "window_size")}
+    made = replace(base_of(row).config, **size)
+    odd = uneven_stage(made)
+    return [f"timm's network of img_size {made.img_size} answers otherwise: {odd}"] if odd else []
 
 
 def model_of_source(
@@ -226,40 +254,40 @@ def model_of_file(
     if is_own(own):
         return load_folder(find_folder(own), overrides, bands, rest)
     file = read_file(path)
-    base = _said(file)
-    if row := row_of(file):
-        base = base_of(row)
-    if base is None:
-        raise CheckpointError(
-            f"{file.where}: no network here has these shapes; `vitrail inspect` shows the nearest: build it yourself "
-            "and use load_weights(model, path)"
-        )
-    return filled(base, file, overrides, file.beside.preprocess, bands, rest)
+    return filled(base_by(file), file, overrides, file.beside.preprocess, bands, rest)
 
 
-def base_of(row: str) -> Base:
-    """A row of the registry."""
-    return Base(ROWS[row], FAMILIES[ROWS[row]].variants[row], row)
+def base_by(file: File, row: str = "") -> Base:
+    """The network that a file is for: `row` where one is named, what transformers' config says, or what its shapes fit.
+
+    Raises `CheckpointError` where there is none, or transformers' config is of a kind that is not read.
+    """
+    if file.said is not None:
+        made = _as_row(file.said, [row] if row else fitting_rows(file.tensors, file.favoured))
+        return base_of(row) if row and not made.row else made
+    if not row and _is_of_unread_kind(file):
+        said = UNREAD.format(file.beside.architecture)
+        raise CheckpointError(f"{file.where}: {said}: build it yourself and use load_weights(model, path)")
+    if found := row or row_of(file):
+        return base_of(found)
+    raise CheckpointError(
+        f"{file.where}: no network here has these shapes; `vitrail inspect` shows the nearest: build it yourself "
+        "and use load_weights(model, path)"
+    )
 
 
-def _said(file: File) -> Base | None:
-    """The network that transformers' config says of its file; None where it says none, or the file is another's."""
-    if not file.source.startswith("transformers"):
-        return None
-    try:
-        found = network_of(file.beside.transformers)
-        if found is None:
-            return None
-        family, said = found
-        _check_plausible(file, said)
-        base = Base(family, FAMILIES[family].config(**said))
-        with torch.device("meta"):
-            base.built({})  # what no config refuses, such as heads that do not divide a width, a network does
-        return base
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(f"{file.where}: {CONFIG} beside it says no network of this package: {error}") from None
+def _as_row(said: Base, rows: Sequence[str]) -> Base:
+    """A network that is said, as the first of `rows` from which it differs in images, dropout and epsilons alone.
+
+    Without a row, where it differs from all in more.
+    """
+    saved = asdict(said.config)
+    for base in (base_of(row) for row in rows if ROWS[row] == said.family):
+        other = {name for name, value in asdict(base.config).items() if saved[name] != value}
+        if other <= FREE - RESIZED | NEAR_FIELDS:
+            taken = {name: saved[name] for name in other - RATIOS - {"num_classes"}}
+            return base._replace(config=replace(base.config, **taken))
+    return said
 
 
 def row_of(file: File) -> str:
@@ -302,21 +330,13 @@ def _plausible(file: File, config: Any) -> dict[str, Any]:
     """What stands beside a file, as far as a config has such fields, and its weights could be of such a network."""
     known, beside = {f.name for f in fields(config)}, file.beside.fields
     said = {name: value for name, value in beside.items() if name in known}
-    if strange := [name for name in beside if name.endswith(LAYERS)]:
+    if strange := _strange(file, known):
         raise CheckpointError(
-            f"{file.where}: model_args beside it has {strange[0]}={shortened(beside[strange[0]])}, which no network "
-            "here takes by that name: build it yourself and use load_weights(model, path)"
+            f"{file.where}: model_args beside it has {strange[0]}, which no network here takes by that name: open it "
+            "with timm, or, where it changes no answer, build the network yourself and use load_weights(model, path)"
         )
-    _check_plausible(file, said)
+    check_plausible(file.where, said, file.tensors)
     return said
-
-
-def _check_plausible(file: File, said: Mapping[str, Any]) -> None:
-    layers = sum(max(1, n) for name in ("depth", "depths") for n in whole_numbers(said.get(name, 0)))
-    largest = max((max(tensor.shape, default=0) for tensor in file.tensors.values()), default=0)
-    numbers = [n for name, value in said.items() if name != "img_size" for n in whole_numbers(value)]
-    if layers > 2 * len(file.tensors) + 2 or max(numbers, default=0) > max(largest, 1):
-        raise CheckpointError(f"{file.where}: what stands beside it describes a larger network than its weights are of")
 
 
 def _seen(model: Backbone, tensors: Mapping[str, Tensor], bands: Sequence[str] | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vitrail.weights.fit import Report, Rest, tell
 from vitrail.weights.foreign import (
     LOCAL,
     File,
-    base_of,
+    base_by,
     fetched,
     filled,
     is_own,
@@ -244,7 +244,7 @@ def open_weights(source: str, row: str = "") -> Backbone:
     path = Path(source)
     if row:
         file, known = (read_file(path), None) if path.exists() else _named(source, None)
-        return filled(base_of(row), file, {}, known or file.beside.preprocess).eval()
+        return filled(base_by(file, row), file, {}, known or file.beside.preprocess).eval()
     if path.exists():
         return model_of_file(path, {}).eval()
     return create_model(source, pretrained=True).eval()

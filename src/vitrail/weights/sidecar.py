@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, MAX_NUMBER, read_card
+from vitrail.models.config import tuples
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
 from vitrail.weights.timm_configs import from_timm
-from vitrail.weights.transformers_configs import ACTIVATIONS
-from vitrail.weights.transformers_networks import KINDS, TOWERS
 
 PROCESSOR = "preprocessor_config.json"
 LONGEST_LIST = 100
@@ -28,8 +27,6 @@ RESAMPLING = {"2": "bilinear", "3": "bicubic"}
 """Pillow's numbers, as transformers writes them"""
 NULLABLE = ("init_values", "ref_feat_shape", "fc_norm")
 """timm's arguments that `null` says something of"""
-EPSILONS = dict.fromkeys(("pvt", "pvt_v2"), ("norm_eps", "conv_norm_eps"))
-"""which fields have transformers' one epsilon, of networks that have several here"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,13 @@ class Sidecar:
     architecture: str = ""
     """a row of the registry, or what somebody else calls his network"""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """of a config here, where they cannot be seen in the weights"""
+    """of a config here, as timm's `model_args` say them; what has no word here keeps timm's"""
+    unread: tuple[str, ...] = ()
+    """of timm's `model_args`, the names of those whose values no config can hold"""
     card: ModelCard | None = None
     """of a model folder of this package"""
     transformers: Mapping[str, Any] = field(default_factory=dict)
-    """the whole of transformers' config, as it is"""
+    """the whole of transformers' config, as it is: `transformers_networks` reads it"""
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -85,26 +84,19 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
     }
     names = config.get("label_names", said.get("label_names"))
     args = config.get("model_args")
-    absent = {name: None for name in NULLABLE if isinstance(args, dict) and args.get(name, "") is None}
-    row, fields = from_timm(_name(config["architecture"]), _fields(args) | absent)
-    return Sidecar(_preprocess(given), _classes(names), row, fields)
-
-
-def _fields(said: object) -> dict[str, Any]:
-    """Numbers, switches, words and lists of such, as a config may hold them; whatever else there is counts as not."""
-    if not isinstance(said, dict):
-        return {}
-    return {name: _tuple(value) for name, value in said.items() if isinstance(name, str) and _is_plain(value)}
+    args = args if isinstance(args, dict) else {}
+    plain = {name: tuples(value) for name, value in args.items() if _is_plain(value)}
+    absent = {name: None for name in NULLABLE if args.get(name, "") is None}
+    row, fields = from_timm(_name(config["architecture"]), plain | absent)
+    unread = tuple(name for name, value in args.items() if value is not None and name not in plain)
+    return Sidecar(_preprocess(given), _classes(names), row, fields, unread)
 
 
 def _is_plain(value: object) -> bool:
+    """Whether it is a number, a switch, a word or a list of such, as a config may hold them."""
     if isinstance(value, list):
         return len(value) <= LONGEST_LIST and all(_is_plain(part) for part in value)
     return isinstance(value, bool | str) or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(part) for part in value) if isinstance(value, list) else value
 
 
 def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Sidecar:
@@ -113,27 +105,10 @@ def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
         "std": processor.get("image_std"),
         "interpolation": RESAMPLING.get(str(processor.get("resample"))),
     }
-    whole, config = config, _tower(config)
-    names = whole.get("id2label")
+    names = config.get("id2label")
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
-    eps = config.get("layer_norm_eps")
-    kind = _name(whole.get("model_type"))
-    fields: dict[str, Any] = {}
-    if isinstance(eps, float) and 0 < eps < 1:
-        fields |= dict.fromkeys(EPSILONS.get(kind, ("norm_eps",)), eps)
-    fields |= _fields({"num_heads": config.get("num_attention_heads", config.get("num_heads"))})
-    if config.get("hidden_act") in ACTIVATIONS.values():
-        fields["act"] = next(ours for ours, theirs in ACTIVATIONS.items() if theirs == config["hidden_act"])
-    if config.get("use_swiglu_ffn") is True:  # DINOv2's gated layers, whatever else is said
-        fields["act"] = "silu"
     prepared = _preprocess(given) if _scales_as_here(processor) else None
-    return Sidecar(prepared, _classes(ordered), kind, fields, transformers=whole)
-
-
-def _tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a model of images and text what reads the images; else the config itself."""
-    kind, tower = _name(config.get("model_type")), config.get("vision_config")
-    return {**KINDS[TOWERS[kind]].usual, **tower} if kind in TOWERS and isinstance(tower, dict) else config
+    return Sidecar(prepared, _classes(ordered), _name(config.get("model_type")), transformers=config)
 
 
 def _sizes(processor: Mapping[str, Any]) -> dict[str, Any]:

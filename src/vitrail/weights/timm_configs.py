@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from vitrail.layers.blocks import ACTIVATIONS
+from vitrail.layers.embed import pair
 from vitrail.models.registry import ROWS
+from vitrail.models.swin import SwinConfig, stage_grids
 
 NAMES = {"resnet18_224": "resnet18", "resnet50_224": "resnet50", "convnext_tiny_224": "convnext_tiny"}
 """row -> timm's name, where that is another"""
@@ -71,6 +73,23 @@ SAME = {"attn", "num_classes", "dynamic_pad", "img_size", "drop_rate", "pos_drop
 """fields that change no answer of a trained network at its own size, or are written elsewhere"""
 
 
+HARMLESS = {
+    "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "patch_drop_rate",
+    "drop_block_rate", "weight_init", "fix_init", "head_init_scale", "zero_init_last", "init_values", "ls_init_value",
+    "img_size", "strict_img_size", "dynamic_img_size", "dynamic_img_pad", "device", "dtype",
+}  # fmt: skip
+"""timm's arguments that change no answer of a trained network at its own size, or that shapes show"""
+USUAL = {"global_pool": "avg", "output_stride": 32, "pool_include_prefix": False, "final_norm": True,
+         "proj_bias": True, "always_partition": False, "scale_mlp": False}  # fmt: skip
+"""those that change none as long as they are so, in families that have no such field here"""
+
+
+def strange_args(args: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Of timm's arguments, in our words, those that may change answers and are none of the fields `known`."""
+    usual = {name for name, value in USUAL.items() if args.get(name) == value}
+    return [name for name in args if name not in {*known, *HARMLESS, *usual}]
+
+
 def to_timm(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that timm's constructor takes, in its words."""
     words = WORDS.get(family, {})
@@ -82,6 +101,17 @@ def to_timm(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _scaled(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A LayerScale that begins with 0, which trained weights replace, would be none at timm."""
     return {name: 1.0 if name == "init_values" and value == 0 else value for name, value in fields.items()}
+
+
+def uneven_stage(c: SwinConfig) -> str:
+    """The first stage of a Swin that does not divide into windows, in words; empty where all do.
+
+    timm pads those after it has rolled them, and makes windows smaller where a stage is.
+    """
+    window = pair(c.window_size)
+    odd = (grid for grid in stage_grids(c) if any(side % size for side, size in zip(grid, window, strict=True)))
+    return next((f"a stage of {h} x {w} cells does not divide into windows of {window[0]} x {window[1]}"
+                 for h, w in odd), "")  # fmt: skip
 
 
 def from_timm(architecture: str, args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

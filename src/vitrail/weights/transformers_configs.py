@@ -10,9 +10,10 @@ from dataclasses import fields
 from typing import Any
 
 from vitrail.layers.embed import pair
+from vitrail.models.swin import SwinConfig, stage_grids
 from vitrail.models.vit_config import ViTConfig
 
-ACTIVATIONS = {
+HIDDEN_ACTS = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
@@ -94,7 +95,7 @@ def _plain(c: Any, whose: str, free: Sequence[str] = (), **must: Any) -> dict[st
     for name in (f.name for f in fields(plain) if f.name in must or f.name not in {*SAID, *free}):
         if getattr(c, name) != must.get(name, getattr(plain, name)):
             raise Unsaid(f"transformers' {whose} knows no {name}={getattr(c, name)!r}")
-    return _named(c, PLAIN) | {"hidden_act": ACTIVATIONS[c.act]}
+    return _named(c, PLAIN) | {"hidden_act": HIDDEN_ACTS[c.act]}
 
 
 def _named(c: Any, names: Mapping[str, str]) -> dict[str, Any]:
@@ -237,12 +238,36 @@ def _deit(c: Any) -> dict[str, Any]:
     return _vit(c) | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit"}
 
 
+def check_shifts(c: SwinConfig, mend: str = "") -> None:
+    """transformers shifts windows along both sides of a stage or none, networks here along each that has several.
+
+    Raises `Unsaid` where that differs.
+    """
+    window = max(pair(c.window_size))
+    for grid, depth in zip(stage_grids(c), c.depths, strict=True):
+        if depth > 1 and min(grid) <= window < max(grid):
+            raise Unsaid(
+                f"transformers' Swin with image_size {_square(c.img_size)} shifts no windows in its stage of {grid[0]} "
+                f"x {grid[1]} cells, one side of which is a single window, and networks here shift along the other",
+                mend,
+            )
+
+
 def _swin(c: Any) -> dict[str, Any]:
     if c.norm_eps != SWIN_EPS:
         raise Unsaid(
             f"transformers' Swin has {SWIN_EPS} in some norms, whatever its layer_norm_eps; this network has "
             f"norm_eps={c.norm_eps} in all"
         )
+    rows, columns = pair(c.window_size)
+    if rows != columns:
+        raise Unsaid(f"transformers' Swin has a square window_size; got {rows} x {columns}")
+    if small := [grid for grid in stage_grids(c) if min(grid) < rows]:
+        raise Unsaid(
+            f"transformers' Swin cannot have a stage of {small[0][0]} x {small[0][1]} cells with windows of {rows}, as "
+            f"img_size {_square(c.img_size)} makes it"
+        )
+    check_shifts(c)
     return _named(c, SWIN) | {"architectures": ["SwinForImageClassification"], "model_type": "swin"}
 
 
@@ -260,6 +285,7 @@ def _pyramid(c: Any, names: Mapping[str, str]) -> dict[str, Any]:
 def _pvt(c: Any) -> dict[str, Any]:
     if c.patch_size != 4:
         raise Unsaid(f"transformers' PVT has patches of 4 pixels; this network has {c.patch_size}")
+    _check_square(c, "PVT")
     return _pyramid(c, PVT) | {
         "architectures": ["PvtForImageClassification"],
         "model_type": "pvt",

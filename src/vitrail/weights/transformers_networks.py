@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vitrail.folder import LIMITS
+from vitrail.models.config import tuples
+from vitrail.models.swin import SwinConfig
 from vitrail.names import shortened
-from vitrail.weights.transformers_configs import ACTIVATIONS, PLAIN, PVT, PVT_V2, SWIN, SWIN_EPS
+from vitrail.weights.transformers_configs import HIDDEN_ACTS, PLAIN, PVT, PVT_V2, SWIN, SWIN_EPS, check_shifts
 
 Config = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -49,27 +51,47 @@ def network_of(config: Config) -> tuple[str, Fields] | None:
         return None
     kind = KINDS[name]
     said = {**kind.usual, **{field: value for field, value in config.items() if value is not None}}
+    for field, usual in kind.usual.items():
+        _check_form(field, said[field], usual)
     for field, value in kind.must.items():
         if said.get(field, value) != value:
             raise ValueError(
                 f"transformers' {name} with {field}={shortened(said[field])} is no network here, which has "
                 f"{value!r}: open it with transformers"
             )
-    fields = {ours: _like(said[theirs]) for theirs, ours in kind.says.items() if theirs in said}
+    fields = {ours: tuples(said[theirs]) for theirs, ours in kind.says.items() if theirs in said}
     made = {**kind.always, **fields, **kind.more(said)}
     sides = made.get("img_size", 1)
     if max(sides if isinstance(sides, tuple) else (sides,)) > LIMITS["img_size"]:
         raise ValueError(f"image_size must be at most {LIMITS['img_size']:,} pixels; got {shortened(sides)}: mend it")
+    if name in SQUARE and isinstance(sides, tuple) and len(set(sides)) > 1:
+        raise ValueError(
+            f"image_size of transformers' {name} must be square to answer alike here; got {shortened(sides)}: open it "
+            "with transformers"
+        )
     return kind.family, made
 
 
-def _like(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _check_form(field: str, value: Any, usual: Any) -> None:
+    """Raises `ValueError` where a field is no number, switch, word or list, whichever it usually is."""
+    what, fits = next((what, fits) for kinds, what, fits in FORMS if isinstance(usual, kinds))
+    if not (fits(value) or (field in SIZES and _is_list(value))):
+        raise ValueError(
+            f"{field} must be {what}{' or two' if field in SIZES else ''}; got {shortened(value)}: mend it"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_number, value))
 
 
 def _act(config: Config) -> Fields:
     said = config["hidden_act"]
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"swish": "silu"}
+    known = {theirs: ours for ours, theirs in HIDDEN_ACTS.items()} | {"swish": "silu"}
     if said not in known:
         raise ValueError(
             f"hidden_act must be one of {', '.join(known)}; got {shortened(said)}: open it with transformers"
@@ -127,6 +149,12 @@ def _dinov3(config: Config) -> Fields:
     }
 
 
+def _swin(config: Config) -> Fields:
+    made = SwinConfig(**{ours: tuples(config[theirs]) for theirs, ours in SWIN.items()})
+    check_shifts(made, "open it with transformers")
+    return {}
+
+
 def _stages(config: Config) -> Fields:
     """Patches of stages after the first, which are the same in all networks here."""
     first, *patches = config["patch_sizes"]
@@ -141,6 +169,14 @@ def _stages(config: Config) -> Fields:
     return {"patch_size": first, **({"stride": stride} if v2 else {}), "conv_norm_eps": config["layer_norm_eps"]}
 
 
+SIZES = ("image_size", "patch_size")
+FORMS: tuple[tuple[Any, str, Callable[[Any], bool]], ...] = (
+    (bool, "true or false", lambda value: isinstance(value, bool)),
+    ((int, float), "a number", _is_number),
+    (str, "a word", lambda value: isinstance(value, str)),
+    ((list, tuple), "a list of numbers", _is_list),
+)
+"""of a field that usually is one of these types: what it must be, in words, and whether it is"""
 VIT: Config = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
     "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16, "num_channels": 3,
@@ -155,6 +191,8 @@ PYRAMID: Config = {
 }  # fmt: skip
 KINDS: dict[str, Kind] = {
     "vit": Kind("vit", BIASED, VIT, {}, {}, _plain),
+    "vit_mae": Kind("vit", BIASED, VIT, {}, {}, _plain),
+    "vit_msn": Kind("vit", BIASED, {**VIT, "layer_norm_eps": 1e-6}, {}, {}, _plain),
     "deit": Kind("deit", BIASED, VIT, {}, {}, _deit),
     "beit": Kind(
         "beit", PLAIN | {"layer_scale_init_value": "init_values"},
@@ -193,7 +231,7 @@ KINDS: dict[str, Kind] = {
             "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7, "mlp_ratio": 4.0,
             "qkv_bias": True, "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 4, "num_channels": 3,
         },
-        {}, {"use_absolute_embeddings": False, "hidden_act": "gelu", "layer_norm_eps": SWIN_EPS},
+        {}, {"use_absolute_embeddings": False, "hidden_act": "gelu", "layer_norm_eps": SWIN_EPS}, _swin,
     ),
     "pvt": Kind(
         "pvt", PVT,
@@ -213,5 +251,7 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 """by transformers' `model_type`"""
+SQUARE = {"beit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model", "pvt"}
+"""of these, transformers lays positions out as if images were square"""
 TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """of models of images and text: what reads the images"""

@@ -17,7 +17,10 @@ def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not {"reg_token", "cls_token", "pos_embed"} <= tensors.keys():
         return tensors
     pos = tensors["pos_embed"]
-    return tensors | {"cls_token": tensors["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
+    made = tensors | {"cls_token": tensors["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
+    if not made["reg_token"].numel():  # a network of none has no tensor for them
+        del made["reg_token"]
+    return made
 
 
 def _heads(*theirs: str) -> tuple[Row, ...]:

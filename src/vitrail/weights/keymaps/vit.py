@@ -24,7 +24,11 @@ TRANSFORMERS = KeyMap(
         Row("classifier.{w}", "head.{w}"),
     ),
     marks=("[vit.]embeddings.cls_token", f"{LAYER}.attention.attention.query.weight"),
-    drop={"the pooler": ("[vit.]pooler.dense.{w}",), "the mask token": ("[vit.]embeddings.mask_token",)},
+    drop={
+        "the pooler": ("[vit.]pooler.dense.{w}",),
+        "the mask token": ("[vit.]embeddings.mask_token",),
+        "the decoder": ("decoder.{w}",),
+    },
 )
 ENCODER = "encoder.layers.encoder_layer_{i}"
 TORCHVISION = KeyMap(
