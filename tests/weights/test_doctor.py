@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vitrail.models.registry import build_model
 from vitrail.weights.doctor import MOST_LINES, fitting_rows, inspect, likeness
 from vitrail.weights.keymaps.vit import TORCHVISION, TRANSFORMERS
 from vitrail.weights.load import create_model
+from vitrail.weights.read import CheckpointError
 
 
 @pytest.fixture
@@ -141,19 +143,34 @@ def test_somebody_elses_network_is_not_made_one_of_ours(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize(("act", "makes"), [("relu", True), ("hard_mish", False)])
-def test_a_network_that_its_config_says_is_told_how_to_have(act: str, makes: bool, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("changes", "makes"),
+    [
+        ({"hidden_act": "relu"}, True),
+        ({"hidden_act": "hard_mish"}, False),
+        ({"num_attention_heads": 5}, False),
+        ({"num_hidden_layers": 400}, False),
+        ({"num_hidden_layers": 4}, False),
+        ({"hidden_size": 64}, False),
+    ],
+)
+def test_a_network_that_its_config_says_is_told_how_to_have(changes: dict[str, Any], makes: bool, tmp_path: Path):
+    """Only where these are weights of it: create_model would refuse any other."""
     state = TRANSFORMERS.to_theirs(build_model("vit_debug", embed_dim=24, num_heads=2).state_dict())
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
     said = dict(model_type="vit", hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96)
-    said |= dict(image_size=32, patch_size=8, hidden_act=act)
+    said |= dict(image_size=32, patch_size=8, id2label={str(number): f"c{number}" for number in range(10)}) | changes
     (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
     told = next(line for line in inspect(tmp_path) if line.startswith("beside it: vit"))
     where = tmp_path / "model.safetensors"
-    way = f", which create_model('local-dir:{where}', pretrained=True) makes" if makes else ""
+    size = ", of 32 x 32 pixels and 10 classes"
+    way = f"{size}, which create_model('local-dir:{where}', pretrained=True) makes" if makes else ""
     assert told == f"beside it: vit{way}"
     if makes:
         assert create_model(f"local-dir:{where}", pretrained=True).config.act == "relu"
+        return
+    with pytest.raises(CheckpointError):
+        create_model(f"local-dir:{where}", pretrained=True)
 
 
 def test_the_command_prints_it(file: Path, capsys: pytest.CaptureFixture[str]):

@@ -22,8 +22,8 @@ from vitrail.models.registry import FAMILIES, ROWS, build_model
 from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
+from vitrail.weights.said import said_network
 from vitrail.weights.sidecar import Sidecar, read_sidecar
-from vitrail.weights.transformers_networks import network_of
 
 MOST_LINES = 20
 ALIKE = 0.5
@@ -130,7 +130,7 @@ def inspect(path: str | Path, model: str | Backbone | None = None, part: str | N
         *not_finite(checkpoint.tensors),
         *names,
         *_about_network(tensors, near),
-        *_about_sidecar(checkpoint),
+        *_about_sidecar(checkpoint, tensors),
     ]
     if model is not None:
         network = build_model(model) if isinstance(model, str) else model
@@ -173,9 +173,10 @@ def _head(row: str, tensors: Mapping[str, Tensor]) -> str:
     return f"classes: {found[0]}" if found else "classes: no head"
 
 
-def _about_sidecar(checkpoint: Checkpoint) -> list[str]:
+def _about_sidecar(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> list[str]:
     beside: Sidecar = read_sidecar(checkpoint.path)
-    told = [f"beside it: {beside.architecture}{_makes(beside, checkpoint.path)}"] if beside.architecture else []
+    made = _makes(str(checkpoint.path), beside, tensors)
+    told = [f"beside it: {beside.architecture}{made}"] if beside.architecture else []
     if beside.preprocess is not None:
         p = beside.preprocess
         told.append(
@@ -184,13 +185,24 @@ def _about_sidecar(checkpoint: Checkpoint) -> list[str]:
     return told
 
 
-def _makes(beside: Sidecar, path: Path) -> str:
-    """How to have the network that transformers' config says, which need be no row."""
+def _makes(path: str, beside: Sidecar, tensors: Mapping[str, Tensor]) -> str:
+    """How to have the network that transformers' config says, which need be no row, if these are its weights."""
     try:
-        found = network_of(beside.transformers)
-    except (TypeError, ValueError, ArithmeticError, LookupError):  # a network of another package: no word of one here
+        said = said_network(path, beside.transformers, tensors)
+    except CheckpointError:  # a network of another package: no word of one here
         return ""
-    return f", which create_model('local-dir:{path}', pretrained=True) makes" if found else ""
+    if said is None:
+        return ""
+    with torch.device("meta"):
+        network = said.built({})
+        heads = [tensors[name] for name in network.head_weights() if name in tensors]
+        network.reset_classifier(len(heads[0]) if heads else 0)
+    if misfits(network.state_dict(), tensors):
+        return ""
+    classes = f"{network.num_classes} classes" if network.num_classes else "no head"
+    height, width = network.preprocess.img_size
+    of = f"of {height} x {width} pixels and {classes}"
+    return f", {of}, which create_model('local-dir:{path}', pretrained=True) makes"
 
 
 def _short(values: tuple[float, ...]) -> str:
