@@ -189,6 +189,13 @@ def test_hidden_matrices_of_other_families(family):
     assert not any("head" in n or "embed" in n or "table" in n or "cls_token" in n for n in hidden)
 
 
+def test_a_matrix_of_the_embedding_is_no_hidden_one(make_task):
+    task = make_task()
+    before = hidden_matrices(task)
+    task.backbone.patch_embed.mix = torch.nn.Linear(4, 4)
+    assert hidden_matrices(task) == before
+
+
 def test_muon_needs_matrices(make_task):
     task = make_task()
     task.backbone.blocks.requires_grad_(False)
