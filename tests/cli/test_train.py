@@ -43,7 +43,9 @@ def test_train_writes_a_run(run: Path):
     ("--img-size 64 --in-memory false", dict(img_size=64, in_memory=False)),
     ("--image-size 64 --num-workers 3", dict(img_size=64, workers=3)),
     ("--input-size=64 --drop-path-rate 0.2", dict(img_size=64, drop_path=0.2)),
-    ("--lr 1e-7", dict(lr=1e-7, min_lr=1e-7)),
+    ("--lr 1e-7", dict(lr=1e-7, min_lr=None)),
+    ("--opt muon --sched linear --lr-min 0", dict(optimizer="muon", schedule="linear", min_lr=0.0)),
+    ("--warmup-epochs none --num-warmup-steps 7", dict(warmup_epochs=None, warmup_steps=7)),
     ("--img-size none --in-memory null", dict(img_size=None, in_memory=None)),
     ("--img-size=None --crop none --out none", dict(img_size=None, crop="none", out="none")),
 ])  # fmt: skip

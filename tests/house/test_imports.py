@@ -34,11 +34,12 @@ def room_rules() -> dict[str, set[str]]:
 
 
 def library_rules() -> dict[str, list[str]]:
-    """Import name -> path prefixes below src/vitrail; the empty prefix is anywhere."""
-    rules = {}
+    """Import name -> path prefixes below src/vitrail, of all its rows; the empty prefix is anywhere."""
+    rules: dict[str, list[str]] = {}
     for names, _, rooms in table("| library | for | only in |"):
         prefixes = [""] if rooms == "anywhere" else re.findall(r"`([^`]+)`", rooms)
-        rules |= dict.fromkeys(re.findall(r"`(\w+)`", names), prefixes)
+        for name in re.findall(r"`(\w+)`", names):
+            rules[name] = rules.get(name, []) + prefixes
     return rules
 
 

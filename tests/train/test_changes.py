@@ -293,13 +293,13 @@ def test_what_decides_which_images_make_a_step_begins_the_epoch_anew(name, found
 
 @pytest.mark.fault(45)
 def test_the_rate_of_every_step_follows_the_epochs(train, stopped, monkeypatch):
-    rates, plain = [], engine.warmup_cosine
+    rates, plain = [], engine.rate
 
-    def watched(step, total, *args):
-        rates.append((step, total))
-        return plain(step, total, *args)
+    def watched(step, plan):
+        rates.append((step, plan.total))
+        return plain(step, plan)
 
-    monkeypatch.setattr(engine, "warmup_cosine", watched)
+    monkeypatch.setattr(engine, "rate", watched)
     train(out=stopped, resume=True, accumulate=4, override=["accumulate"])
     steps = list(dict.fromkeys(rates))
     assert steps == [(step, 6) for step in (2, 3, 4, 5)]  # two an epoch, of which the first is over

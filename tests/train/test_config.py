@@ -78,8 +78,8 @@ def test_other_spellings_are_taken():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("lr", "fast", "--lr takes a number; got 'fast'"),
-        ("lr", True, "--lr takes a number; got True"),
+        ("lr", "fast", "--lr takes a number or none; got 'fast'"),
+        ("lr", True, "--lr takes a number or none; got True"),
         ("epochs", 2.5, "--epochs takes a whole number; got 2.5"),
         ("debug", 1, "--debug takes true or false; got 1"),
         ("img_size", "big", "--img-size takes a whole number or none; got 'big'"),
@@ -98,7 +98,7 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
     assert {type(value) for value in config.changes().values()} == {int, float}
     config.to_yaml(tmp_path / "a.yaml")
     assert TrainConfig.from_yaml(tmp_path / "a.yaml") == config
-    assert TrainConfig(lr="3e-4", warmup_epochs=1).changes() == {"warmup_epochs": 1.0}
+    assert TrainConfig(clip_grad="1e0", warmup_epochs=1).changes() == {"warmup_epochs": 1.0}
     with pytest.raises(TypeError, match="--epochs takes a whole number; got 2.5"):
         TrainConfig(epochs=np.float64(2.5))
 
@@ -114,6 +114,18 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
         ({"crop": "pad", "crop_scale": 0.5}, "--crop-scale needs --crop resized"),
         ({"rand_ops": 3}, "--rand-ops needs --auto-augment rand"),
         ({"auto_augment": "auto", "rand_magnitude": 3}, "--rand-magnitude needs --auto-augment rand"),
+        ({"schedule": "constant", "min_lr": 0.0}, "--min-lr needs a --schedule that falls"),
+        (
+            {"decay_steps": 3, "decay_rate": 0.5},
+            "--decay-steps needs --schedule step; --decay-rate needs --schedule step",
+        ),
+        ({"decay_epochs": 3.0}, "--decay-epochs needs --schedule step"),
+        ({"schedule": "step", "restart_epochs": 3.0}, "--restart-epochs needs --schedule restarts"),
+        (
+            {"restart_steps": 3, "restart_factor": 2.0},
+            "--restart-steps needs --schedule restarts; --restart-factor needs --schedule restarts",
+        ),
+        ({"optimizer": "sgd", "beta2": 0.9}, "--beta2 needs an --optimizer other than sgd"),
         ({"data": "folder:photos", "download": True}, "--download needs --data cifar10 or cifar100"),
         ({"log": "tensorboard"}, "--log needs a folder to write to (out)"),
         ({"checkpoint_every": 1}, "--checkpoint-every needs a folder to write to (out)"),
@@ -131,6 +143,11 @@ def test_settings_that_do_something_are_not_mentioned(caplog):
     for crop in ({"crop": "pad", "crop_pad": 0.2, "pad_mode": "reflect"}, {"crop": "resized", "crop_scale": 0.5}):
         rest = {"auto_augment": "rand", "rand_ops": 3, "rand_magnitude": 3, "data": "cifar10", "download": True}
         say_idle(TrainConfig(**crop, **rest, log="tensorboard", checkpoint_every=1, patience=1))
+    for schedule in (
+        {"schedule": "step", "decay_steps": 3, "decay_rate": 0.5},
+        {"schedule": "restarts", "restart_epochs": 3.0},
+    ):
+        say_idle(TrainConfig(**schedule, min_lr=0.0, beta2=0.9))
     assert caplog.messages == []
 
 

@@ -179,16 +179,18 @@ def test_accumulation_equals_the_large_batch(images, make_task):
 
 def test_the_loop_is_the_plain_loop(images, make_task):
     """A bare loop with the same optimiser and rates ends in the same weights."""
-    from vitrail.train.optim import make_optimizer, warmup_cosine
+    from vitrail.train.optim import make_optimizer
+    from vitrail.train.schedules import Plan, rate
 
     config = TrainConfig(epochs=2, lr=1e-2, device="cpu", warmup_epochs=1, clip_grad=0.1)
     ours, plain = make_task(), make_task()
     loader = DataLoader(TensorDataset(images[0].images, images[0].labels), batch_size=20)
     fit(ours, loader, None, config)
     optimizer, step = make_optimizer(plain, config), 0
+    plan = Plan("cosine", total=6, warmup=3, lr=1e-2, min_lr=1e-6)
     for _ in range(2):
         for item in loader:
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = warmup_cosine(step, 6, 3, 1e-2, 1e-6)
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate(step, plan)
             optimizer.zero_grad()
             plain(plain.prepare(item))["loss"].backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)

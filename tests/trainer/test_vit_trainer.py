@@ -23,7 +23,8 @@ from vitrail.records import Preprocess
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
-from vitrail.train.optim import make_optimizer, warmup_cosine
+from vitrail.train.optim import make_optimizer
+from vitrail.train.schedules import rate
 from vitrail.trainer import (
     ViTTrainer,
 )
@@ -149,7 +150,7 @@ def test_a_bare_loop_gives_the_same_numbers(clip: float):
     optimizer = make_optimizer(task, config)
     for step, (images, labels) in enumerate(plain_loader()):
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, STEPS, 1, LR, config.min_lr)
+            group["lr"] = rate(step, config.plan(STEPS))
         loss = task({"image": images, "label": labels})["loss"]
         loss.backward()
         if clip:

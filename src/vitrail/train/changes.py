@@ -11,7 +11,8 @@
 
 Where what is overridden decides which images make a batch or a step (`ANEW`), a place within an epoch means nothing any
 more: the epoch that was running begins anew, with the weights it has, so that some of its images are learnt from twice.
-The learning rate follows the epochs, not the steps that were taken.
+The learning rate follows the epochs, not the steps that were taken. Another `optimizer` begins its moments anew;
+another `layer_decay` keeps them. What a checkpoint does not know of was as it is by default.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Start(NamedTuple):
     """whether something is overridden from here on"""
     done: int = 0
     """epochs that lie behind"""
+    forget: bool = False
+    """whether the optimiser is another, which moments of the former mean nothing to"""
 
 
 class Change(NamedTuple):
@@ -83,9 +86,14 @@ def told(config: TrainConfig, task: Task, loader: Loader) -> dict[str, Any]:
     preprocess = {name: value for name, value in asdict(card.preprocess).items() if name != "known"}
     network = {"family": card.family, **card.config}
     return {
-        **asdict(config), "network": network, "preprocess": preprocess, "images": remembered(loader), "overridden": [],
-        "trained": decayed(task),
+        **settings(config), "network": network, "preprocess": preprocess, "images": remembered(loader),
+        "overridden": [], "trained": decayed(task),
     }  # fmt: skip
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """All settings of a run by their names; those that were left open as they are taken."""
+    return asdict(config) | config.settled()
 
 
 def go_on(
@@ -101,7 +109,7 @@ def go_on(
     names = [name.replace("-", "_") for name in override]
     _check_names(names, set(now) - FREE - BESIDE - SETTLED)
     state = read(checkpoint)
-    before, done = state["told"], len(state["history"]["rows"])
+    before, done = settings(TrainConfig()) | state["told"], len(state["history"]["rows"])
     fixed = [_named(change, checkpoint, loader) for change in changes(before, now) if change.name not in FREE]
     _refuse(fixed, list(_stuck(state, fixed, task)), names)
     require(now["epochs"] >= done, "epochs", f"be at least {done}, which are done", now["epochs"])
@@ -111,8 +119,11 @@ def go_on(
     if lines:
         how = ", which begins anew" if anew else ""
         LOG.warning("--override changes this run from epoch %d on%s: %s", done + 1, how, "; ".join(lines))
+    forget = any(change.name == "optimizer" for change in fixed)
+    if forget:
+        LOG.warning("the moments of %s are left behind: those of %s begin anew", before["optimizer"], now["optimizer"])
     past = [*before["overridden"], *(f"overridden from epoch {done + 1} on: {line}" for line in lines)]
-    return Start({**now, "overridden": past}, checkpoint, anew, bool(lines), done)
+    return Start({**now, "overridden": past}, checkpoint, anew, bool(lines), done, forget)
 
 
 def refuse_idle(start: Start, epochs: int) -> None:

@@ -30,10 +30,14 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
 LOG = logging.getLogger("vitrail")
 PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
+FALLING, FALLS, RESTARTS = "a --schedule that falls", "--schedule step", "--schedule restarts"
+SQUARES = "an --optimizer other than sgd"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
     "grow_until": GROWN,
+    "min_lr": FALLING, "decay_epochs": FALLS, "decay_steps": FALLS, "decay_rate": FALLS, "restart_epochs": RESTARTS,
+    "restart_steps": RESTARTS, "restart_factor": RESTARTS, "beta2": SQUARES,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
@@ -89,6 +93,8 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
         super().__post_init__()  # each part checks its own fields and passes on to the next
         for name in ("label_smoothing", "drop_path", "drop_rate", "ema", "entropy_floor"):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
+        averages = self.optimizer == "schedule_free"
+        require(not (averages and self.ema), "ema", "be 0 with --optimizer schedule_free, which averages", self.ema)
         for name in ("devices", "num_nodes"):
             require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("checkpoint_every", "patience"):
@@ -175,11 +181,16 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
 
     `kept` and `validated` say whether the run has a folder and validation images.
     """
+    schedule = config.numbers().schedule
     there = {
         PAD: config.crop in ("auto", "pad"),
         RESIZED: config.crop in ("auto", "resized"),
         RAND: config.auto_augment == "rand",
         GROWN: config.grow_from is not None,
+        FALLING: schedule != "constant",
+        FALLS: schedule == "step",
+        RESTARTS: schedule == "restarts",
+        SQUARES: config.optimizer != "sgd",
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,

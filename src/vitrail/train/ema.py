@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from vitrail.tasks.base import Task
 
 
@@ -81,6 +83,48 @@ class WeightEma(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.averages = state_dict["updates"], state_dict["averages"]
+
+
+class FreeAverage(WeightEma):
+    """The average that schedule-free AdamW makes of its steps, in the place of one over the weights.
+
+        average = y + (1 − 1/β) (z − y)      gradients are taken at the weights y, steps from z
+
+    Defazio et al. 2024, "The Road Less Scheduled", eq. 1–3, solved for x. It is made when it is asked for.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, decay=0.0)
+        self.optimizer: Optimizer | None = None
+
+    @property
+    def state_key(self) -> str:
+        return WeightEma.__qualname__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.optimizer = trainer.optimizers[0]
+
+    def update(self) -> None:
+        self.updates += 1
+
+    def swap(self) -> None:
+        if not self.swapped:
+            self._make()
+        super().swap()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._make()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def _make(self) -> None:
+        """Fills in the averages; of weights that no step was taken of yet, and of frozen ones, they are those."""
+        groups = self.optimizer.param_groups if self.optimizer else []
+        betas = {p: group["betas"][0] for group in groups for p in group["params"]}
+        for name, p in averaged(self.task):
+            z = self.optimizer.state[p].get("z") if self.optimizer and p in betas else None
+            self.averages[name].copy_(p if z is None else p.lerp(z, 1 - 1 / betas[p]))
 
 
 def averaged(task: Task) -> Iterator[tuple[str, nn.Parameter]]:

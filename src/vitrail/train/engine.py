@@ -1,7 +1,7 @@
 """`fit`: the one training loop of the house, run by Lightning.
 
     loader ─ check ─ to the device ─ seed(batch) ─ augment, normalise ─ task(batch)["loss"] ─ backward
-             lr(step) ─ AdamW ─ task.after_step ─ average ─ … each epoch: validate, record, keep
+             lr(step) ─ optimiser ─ task.after_step ─ average ─ … each epoch: validate, record, keep
 
 Randomness is seeded anew for every batch from (seed, number of the batch over all epochs, process), and the order of
 images is a pure function of (seed, epoch). On the CPU, a run resumed from `last.ckpt` therefore ends in the very same
@@ -34,12 +34,12 @@ from vitrail.train.changes import Start, go_on, refuse_idle, told
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
-from vitrail.train.ema import WeightEma, averaged, copy_into
+from vitrail.train.ema import FreeAverage, WeightEma, averaged, copy_into
 from vitrail.train.entropy import EntropyGuard
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.imagelist import write_list
-from vitrail.train.optim import make_optimizer, warmup_cosine, warmup_steps
+from vitrail.train.optim import make_optimizer
 from vitrail.train.progress import ProgressBar, quiet
 from vitrail.train.resume import (
     EpochLoader,
@@ -50,6 +50,7 @@ from vitrail.train.resume import (
     same_kernels,
     sharing_order,
 )
+from vitrail.train.schedules import rate
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 LOG = logging.getLogger("vitrail")
@@ -112,15 +113,16 @@ def fit(
 
     Raises `ValueError` for a device that is not here, an empty loader, several processes without a sampler that gives
     each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
-    none of a run's, a run that was told something else, an `override` after which no epoch comes, or a folder in which
-    another process trains; `OSError` where a checkpoint cannot be written; `NonFiniteLoss` when training diverges;
-    `Interrupted` on a signal.
+    none of a run's, a run that was told something else, an `override` after which no epoch comes, an optimiser that
+    cannot be made, or a folder in which another process trains; `OSError` where a checkpoint cannot be written;
+    `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
     refuse_start(folder, resume, override)
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
+    make_optimizer(task, config)  # what speaks against it is said before anything is written
     if folder:
         task.backbone.check_savable()  # before training, not after it
     with claimed(folder):
@@ -136,7 +138,7 @@ def _fit(job: Job) -> History:
     guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
     meter = LossMeter(1 if job.device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
     record = HistoryLog(meter, guard, task.monitor, folder)
-    ema = WeightEma(task, config.ema) if config.ema else None
+    ema = _average(task, config)
     written = job.write_config if job.start.checkpoint else None  # a run that ends before is as it was
     kept = Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every, written)
     stop = StopOnSignal(kept)
@@ -161,6 +163,13 @@ def _fit(job: Job) -> History:
     elif ema:
         ema.swap()
     return record.history
+
+
+def _average(task: Task, config: TrainConfig) -> WeightEma | None:
+    """What is validated and kept in place of the weights, if anything is."""
+    if config.optimizer == "schedule_free":
+        return FreeAverage(task)
+    return WeightEma(task, config.ema) if config.ema else None
 
 
 class TaskModule(LightningModule):
@@ -232,9 +241,7 @@ class TaskModule(LightningModule):
         return self.trainer.current_epoch * self.steps_per_epoch + batch_idx // self.config.accumulate
 
     def learning_rate(self, step: int) -> float:
-        config, steps = self.config, self.steps_per_epoch
-        warmup = warmup_steps(config, steps)
-        return warmup_cosine(step, config.epochs * steps, warmup, config.lr, config.min_lr)
+        return rate(step, self.config.plan(self.steps_per_epoch))
 
     def configure_optimizers(self) -> Optimizer:
         fused = self.config.precision != "fp16"  # whose scaler must come first
@@ -242,8 +249,9 @@ class TaskModule(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         step = self.step(batch_idx)
+        self.record.lr = self.learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(step) * group.get("lr_scale", 1.0)
+            group["lr"] = self.record.lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.task.after_step(step + 1, self.config.epochs * self.steps_per_epoch)
 
@@ -274,6 +282,8 @@ class TaskModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.job.start.anew:
             begin_epoch_anew(checkpoint)
+        if self.job.start.forget:
+            checkpoint["optimizer_states"] = []
 
 
 def refuse_start(folder: Path | None, resume: bool, override: Collection[str] = ()) -> None:

@@ -104,6 +104,8 @@ class HistoryLog(Callback):
         self.history = History()
         self.figures: Row = {}
         """what validation found in the running epoch"""
+        self.lr = math.nan
+        """the schedule's learning rate of the last step, which each group has its own share of"""
         self._written = True
         self._seconds = self._training = 0.0
         self._started = time.perf_counter()
@@ -126,7 +128,7 @@ class HistoryLog(Callback):
         seconds = self.seconds
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self.lr,
             **{f"train_{name}": total / weight if weight else math.nan for name, total in totals.items()},
             **({"skipped_steps": self.guard.skipped} if self.guard.allowed else {}),
             **self.figures,
