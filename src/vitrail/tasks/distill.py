@@ -34,7 +34,7 @@ from vitrail.layers.modes import evaluating
 from vitrail.models.backbone import Backbone
 from vitrail.names import check_choice, require, shortened
 from vitrail.records import Batch, Preprocess
-from vitrail.tasks.classify import Classify, mean_by
+from vitrail.tasks.classify import Classify, check_names, mean_by
 from vitrail.tasks.losses import LossConfig, labelled
 
 LOG = logging.getLogger("vitrail")
@@ -203,6 +203,7 @@ class Distill(Classify):
                 f"{self.num_classes}: train a teacher on this data"
             )
         named, wanted = self.teacher.classes, self.backbone.classes
+        check_names(named, count)
         if not named or not wanted or named == wanted:
             return None
         order = _order_of(wanted, named, self.teacher.name)
