@@ -260,7 +260,9 @@ def test_settings_out_of_range_name_the_flag(field: str, value: object, message:
 
 def test_a_teacher_is_told_from_another_by_weights_and_preparation(peer: Peer):
     own = Teacher(peer, preprocess=OWN, name="a").fingerprint()
-    assert own.startswith("a with sha256 ") and own == Teacher(copy.deepcopy(peer), preprocess=OWN, name="a").fingerprint()
+    assert (
+        own.startswith("a with sha256 ") and own == Teacher(copy.deepcopy(peer), preprocess=OWN, name="a").fingerprint()
+    )
     other = Teacher(peer, preprocess=OWN.replace(img_size=(16, 16)), name="a").fingerprint()
     with torch.no_grad():
         peer.norm.running_mean[0] += 1e-6
@@ -293,17 +295,16 @@ def learnt(task: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Mo
 
 @pytest.mark.parametrize("kind", LAWS)
 def test_a_student_learns_faster_from_a_good_teacher(kind: str):
-    """Two labels of three are wrong; the teacher, a CNN, has seen right ones. Without it the student stays behind."""
+    """Nine labels of ten are drawn; the teacher, a CNN, has seen right ones. Without it the student stays behind."""
     images, right = stripes(512, 0)
     held_out = [dict(zip(("image", "label"), stripes(256, 1), strict=True))]
     generator = torch.Generator().manual_seed(2)
-    wrong = torch.rand(512, generator=generator) < 2 / 3
-    labels = torch.where(wrong, torch.randint(K, (512,), generator=generator), right)
+    random = torch.rand(512, generator=generator) < 0.9
+    labels = torch.where(random, torch.randint(K, (512,), generator=generator), right)
     expert = learnt(Classify(network("resnet_debug")), images, right, 40)
     assert evaluate(expert, held_out)["accuracy"] > 0.9
     config = DistillConfig(distillation=kind, distillation_alpha=0.9)
     taught = learnt(Distill(network(seed=1), expert.backbone, config), images, labels, 40)
     alone = learnt(Classify(network(seed=1)), images, labels, 40)
     found = [float(evaluate(task, held_out)["accuracy"]) for task in (taught, alone)]
-    print(found)
-    assert found[0] > found[1] + 0.1
+    assert found[0] > found[1] + 0.2
