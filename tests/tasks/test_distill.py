@@ -209,7 +209,7 @@ def test_classes_in_another_order_are_put_in_the_students(peer: Peer, caplog: py
 
 
 @pytest.mark.parametrize(("own", "theirs", "message"), [
-    ("abcd", "abce", r"Peer has \('a', 'b', 'c', 'e'\), the student \('a', .*, which differ in d, e: take a teacher of"),
+    ("abcd", "abce", r"Peer has \('a', 'b', 'c', 'e'\), the .*, which differ in d, e: take a teacher of"),
     ("aabc", "abac", "which differ in a: take a teacher of these classes, or, where"),
     ("abcd", "abc", "class names must be one a logit; got 3 names for 4 logits"),
 ])  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -34,26 +36,42 @@ def one_hot(target: Tensor) -> Tensor:
     return F.one_hot(target, K).float()
 
 
+class Term(NamedTuple):
+    """One class of one image: its weight, its share, softmax, sigmoid, and the image's own weight."""
+
+    w: float
+    t: float
+    p: float
+    q: float
+    whole: float
+
+
+def absent(x: Term, config: LossConfig) -> float:
+    r = max(x.q - config.asl_clip, 0)
+    return r**config.asl_gamma_neg * math.log(1 - r)
+
+
+BY_HAND: dict[str, Callable[[Term, LossConfig], float]] = {
+    "cross_entropy": lambda x, c: -x.w * x.t * math.log(x.p),
+    "focal": lambda x, c: -x.w * x.t * (1 - x.p) ** c.focal_gamma * math.log(x.p),
+    "bce": lambda x, c: -x.whole / K * (x.t * math.log(x.q) + (1 - x.t) * math.log(1 - x.q)),
+    "asymmetric": lambda x, c: -x.whole * (
+        x.t * (1 - x.q) ** c.asl_gamma_pos * math.log(x.q) + (1 - x.t) * absent(x, c)
+    ),
+}  # fmt: skip
+
+
 def by_hand(name: str, logits: Tensor, shares: Tensor, config: LossConfig, weights: Tensor) -> list[float]:
     """The module's table, number by number, with smoothing."""
     found = []
     for row, part in zip(logits.double().tolist(), shares.double().tolist(), strict=True):
-        e = config.label_smoothing
-        t = [(1 - e) * x + e / K for x in part]
-        p = [math.exp(x) / sum(map(math.exp, row)) for x in row]
-        q = [1 / (1 + math.exp(-x)) for x in row]
-        r = [max(x - config.asl_clip, 0) for x in q]
-        w, whole = weights.tolist(), sum(x * y for x, y in zip(weights.tolist(), part, strict=True))
-        each = {
-            "cross_entropy": lambda c: -w[c] * t[c] * math.log(p[c]),
-            "focal": lambda c: -w[c] * t[c] * (1 - p[c]) ** config.focal_gamma * math.log(p[c]),
-            "bce": lambda c: -whole / K * (t[c] * math.log(q[c]) + (1 - t[c]) * math.log(1 - q[c])),
-            "asymmetric": lambda c: -whole * (
-                t[c] * (1 - q[c]) ** config.asl_gamma_pos * math.log(q[c])
-                + (1 - t[c]) * r[c] ** config.asl_gamma_neg * math.log(1 - r[c])
-            ),
-        }[name]  # fmt: skip
-        found.append(sum(each(c) for c in range(K)))
+        total, whole = sum(map(math.exp, row)), sum(x * y for x, y in zip(weights.tolist(), part, strict=True))
+        terms = [
+            Term(w, share * (1 - config.label_smoothing) + config.label_smoothing / K, math.exp(x) / total,
+                 1 / (1 + math.exp(-x)), whole)
+            for w, share, x in zip(weights.tolist(), part, row, strict=True)
+        ]  # fmt: skip
+        found.append(sum(BY_HAND[name](term, config) for term in terms))
     return found
 
 

@@ -72,7 +72,6 @@ def test_no_checkpoint_average_or_optimiser_holds_the_teacher(train, make_studen
     assert {"train_loss", "train_label_loss", "train_teacher_loss"} <= set(history.rows[0])
 
 
-@pytest.mark.fault(42)
 @pytest.mark.parametrize("stop", [5, 8])
 def test_a_resumed_run_is_bit_identical(stop: int, train, make_student, fingerprint, tmp_path: Path):
     recipe = {"ema": 0.9, "mixup": 0.2, "crop": "pad", "accumulate": 2}
@@ -92,7 +91,6 @@ def test_a_resumed_run_is_bit_identical(stop: int, train, make_student, fingerpr
     assert resumed["train_loss"] == history["train_loss"]
 
 
-@pytest.mark.fault(45)
 def test_another_teacher_is_refused(train, make_task, make_student, teacher: Backbone, tmp_path: Path):
     """By its weights and its preparation, wherever it lies; and the lack of one, and one where there was none."""
     train(make_student(), out=tmp_path / "run", epochs=1)
