@@ -257,6 +257,8 @@ def test_loaders_of_ones_own_are_taught_too(teacher: Backbone, images, tmp_path:
     ({"loss": "bce", "asl_clip": 0.1, "bce_threshold": 0.1}, "--asl-clip needs --loss asymmetric"),
     ({"effective_beta": 0.9, "class_weights": "balanced"}, "--effective-beta needs --class-weights effective"),
     ({"distillation": "soft", "teacher_path": "x"}, "--teacher-path needs --teacher; --distillation needs --teacher"),
+    ({"distillation": "soft", "distillation_tau": 2.0},
+     "--distillation needs --teacher; --distillation-tau needs --teacher and --distillation soft"),
     ({"teacher": "x", "distillation_tau": 2.0}, "--distillation-tau needs --teacher and --distillation soft"),
 ])  # fmt: skip
 def test_settings_that_do_nothing_are_told(settings: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture):
