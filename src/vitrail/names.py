@@ -80,6 +80,15 @@ TRAIN_SPELLINGS = {
     "model_ema": "ema",
     "aug_repeats": "repeats",
     "ra_reps": "repeats",
+    "criterion": "loss",
+    "loss_type": "loss",
+    "bce_target_thresh": "bce_threshold",
+    "gamma_neg": "asl_gamma_neg",
+    "gamma_pos": "asl_gamma_pos",
+    "class_weight": "class_weights",
+    "teacher_model": "teacher",
+    "teacher_weights": "teacher_path",
+    "distillation_type": "distillation",
 }
 POOLINGS = {"cls": "token", "tok": "token", "mean": "avg", "gap": "avg"}
 """values of `global_pool` elsewhere"""

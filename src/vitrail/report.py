@@ -32,7 +32,8 @@ from vitrail.layers.modes import evaluating
 from vitrail.names import printable
 from vitrail.records import Batch, Classification, History, Preprocess
 from vitrail.tasks.base import as_batch, evaluate
-from vitrail.tasks.classify import Classify, hard_labels, labelled
+from vitrail.tasks.classify import Classify, hard_labels
+from vitrail.tasks.losses import labelled
 
 EXAMPLES = 6
 """right answers shown, and as many wrong ones"""

@@ -44,6 +44,7 @@ from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import fit, refuse_start
 from vitrail.train.network import make_model
 from vitrail.train.resume import Loader, refuse_uneven
+from vitrail.train.task import make_task
 from vitrail.weights.load import SHIPPED, load_model
 
 LOG = logging.getLogger("vitrail")
@@ -96,7 +97,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
     if former and "preprocess" in former and "preprocess" not in override:  # of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"]).replace(img_size=model.preprocess.img_size)
-    task = Classify(model, config.label_smoothing)
+    task = make_task(model, config, list(splits.train.counts().values()))
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
     augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model))
@@ -337,7 +338,7 @@ class ViTTrainer:
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
         say_idle(config, kept=out is not None, validated=val_loader is not None)
-        task = Classify(self.model, config.label_smoothing)
+        task = make_task(self.model, config)
         refuse_start(out, resume=False)
         with claimed(out):  # before the record of another run is removed
             refuse_start(out, resume=False)

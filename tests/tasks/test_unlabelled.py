@@ -10,7 +10,8 @@ from torch import Tensor
 from vitrail.models.registry import build_model
 from vitrail.records import UNLABELLED, Batch
 from vitrail.tasks.base import evaluate
-from vitrail.tasks.classify import Classify, labelled
+from vitrail.tasks.classify import Classify
+from vitrail.tasks.losses import LossConfig, labelled
 
 K = 5
 
@@ -18,7 +19,7 @@ K = 5
 @pytest.fixture
 def task() -> Classify:
     torch.manual_seed(0)
-    return Classify(build_model("vit_debug", num_classes=K, depth=1).eval(), label_smoothing=0.1)
+    return Classify(build_model("vit_debug", num_classes=K, depth=1).eval(), loss=LossConfig(label_smoothing=0.1))
 
 
 def batch(*labels: int) -> Batch:

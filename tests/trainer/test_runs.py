@@ -118,7 +118,7 @@ def test_training_is_wired_as_the_config_says(config: TrainConfig, wiring: dict[
     preprocess = splits.preprocess()
     assert train.dataset.transform == RandomResizedCrop(preprocess, 0.3)
     assert val.dataset.transform == eval_transform(preprocess)
-    assert wiring["task"].label_smoothing == asked.label_smoothing == 0.1
+    assert wiring["task"].loss.label_smoothing == asked.label_smoothing == 0.1
     assert (augment.config, augment.preprocess, augment.num_classes) == (asked, preprocess, 2)
     assert (augment.sizes.config, augment.sizes.full, augment.sizes.cell) == (asked, (32, 32), 8)
     assert (wiring["config"], wiring["out"], wiring["resume"]) == (asked, Path(asked.out), False)

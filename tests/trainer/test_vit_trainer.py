@@ -22,6 +22,7 @@ from vitrail.predict import Predictor
 from vitrail.records import Preprocess
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
+from vitrail.tasks.losses import LossConfig
 from vitrail.train.config import TrainConfig
 from vitrail.train.optim import make_optimizer
 from vitrail.train.schedules import rate
@@ -146,7 +147,7 @@ def test_nothing_held_out_is_nothing_reported(tmp_path: Path):
 def test_a_bare_loop_gives_the_same_numbers(clip: float):
     """The one loop of the house does what the five lines do that everybody knows, to the bit."""
     model, config = tiny(), TrainConfig(epochs=1, lr=LR, warmup_epochs=1 / STEPS, clip_grad=clip, weight_decay=0.1)
-    task, losses = Classify(model, 0.1), []
+    task, losses = Classify(model, LossConfig(label_smoothing=0.1)), []
     optimizer = make_optimizer(task, config)
     for step, (images, labels) in enumerate(plain_loader()):
         for group in optimizer.param_groups:

@@ -142,6 +142,11 @@ class Backbone(nn.Module, ABC):
     """the file or folder that the present weights came from; empty for fresh ones"""
 
     @property
+    def teacher_head(self) -> int | None:
+        """From which of `forward_heads` on they are there to learn from a teacher; None where all learn the labels."""
+        return None
+
+    @property
     def num_classes(self) -> int:
         """K, as the head has it, whoever put it there; 0 without a head. Of other heads than Linear, the config's."""
         head = self.get_classifier()

@@ -104,6 +104,10 @@ class DeiT(VisionTransformer):
     def _rows_read(self) -> int | None:
         return 2 if self.config.distilled else super()._rows_read()
 
+    @property
+    def teacher_head(self) -> int | None:
+        return 1 if self.config.distilled else None
+
     def forward_heads(self, x: Tokens) -> tuple[Tensor, ...]:
         """The logits (B, K) of the class token, and those of the distillation token where there is one."""
         if self.head_dist is None:

@@ -84,6 +84,10 @@ class Task(nn.Module, ABC):
     def after_step(self, step: int, total: int) -> None:
         """Called after optimiser step `step` (from 1) of `total`; for teachers that follow their students."""
 
+    def taught_by(self) -> str | None:
+        """What tells a frozen teacher from another, for checkpoints to remember; None without one."""
+        return None
+
     def save_pretrained(self, path: str | Path, **training: Any) -> Path:
         """Writes a model folder with all that answering needs, and returns it; by default the backbone's.
 

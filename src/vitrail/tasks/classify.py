@@ -1,12 +1,17 @@
-"""Classification: one class an image, by cross-entropy.
+"""Classification: one class an image, by cross-entropy or another loss of `tasks.losses`.
 
-    images (B, C, H, W) -> backbone -> logits (B, K) of each head -> mean of the heads' cross-entropies
+    images (B, C, H, W) -> backbone -> logits (B, K) of each head -> mean of the heads' losses
                                     -> mean logits -> softmax -> the best classes, by name
 
 Labels are class indices (B,) or, where images were mixed, shares of classes (B, K). An image may have no label: the
 index -100, PyTorch's `ignore_index`, or shares of zero. The loss is the mean over what is labelled, zero with zero
 gradients where nothing is, and figures count labelled images alone. Pixels that the batch marks as padding (`pad_mask`)
 are hidden from the backbone.
+
+Notable choices: answers are softmax shares whatever the loss was, so of a network trained with one sigmoid a class they
+rank as its sigmoids do, and add up to 1; calibration is measured of just these shares. The figure `loss` is always the
+cross-entropy of the answers, without smoothing or weights: so networks of different losses can be compared by it, and
+so it is no continuation of a training loss of another kind.
 
 Legend: `B` batch, `C` channels, `H`, `W` pixels, `K` classes.
 """
@@ -17,27 +22,32 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.models.backbone import Backbone
+from vitrail.names import shortened
 from vitrail.records import UNLABELLED, Batch, Classification
 from vitrail.tasks.base import Mode, Task
+from vitrail.tasks.losses import LossConfig, image_losses, labelled
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
 class Classify(Task):
-    """Which class is it? The backbone brings the heads; `label_smoothing` in [0, 1) applies to training alone.
+    """Which class is it? The backbone brings the heads, `loss` says what training minimises.
 
-    Figures: `loss` (cross-entropy without smoothing), `accuracy`, `balanced_accuracy`, `ece`; tables `precision`,
+    `class_weights` (K,) says how much an image of each class counts in training (`losses.class_weights`).
+    Figures: `loss` (cross-entropy, whatever the training), `accuracy`, `balanced_accuracy`, `ece`; tables `precision`,
     `recall`, `f1` (K,), `confusion` (K, K) and `reliability` (bins, 3). Their laws stand in `vitrail.tasks.scores`.
     """
 
     monitor: ClassVar[tuple[str, Mode]] = ("accuracy", "max")
+    class_weights: Tensor | None
 
-    def __init__(self, backbone: Backbone, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, backbone: Backbone, loss: LossConfig | None = None, class_weights: Sequence[float] | Tensor | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
             raise TypeError(
@@ -47,9 +57,13 @@ class Classify(Task):
         if backbone.num_classes < 1:
             raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
         check_names(backbone.classes, backbone.num_classes, backbone.config.num_classes)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
-        self.backbone, self.label_smoothing = backbone, label_smoothing
+        self.backbone, self.loss = backbone, loss or LossConfig()
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
+        if weights is not None and (weights.shape != (self.num_classes,) or not bool((weights > 0).all())):
+            raise ValueError(
+                f"class_weights must be {self.num_classes} positive numbers; got {shortened(class_weights)}"
+            )
+        self.register_buffer("class_weights", weights, persistent=False)  # a setting, not something learnt
 
     @property
     def num_classes(self) -> int:
@@ -63,20 +77,22 @@ class Classify(Task):
         return class_names(known if len(known) == count else (), count)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`: the heads' mean cross-entropy over what is labelled, with label smoothing.
+        """`loss`: the heads' mean over what is labelled, each image weighing as its class does.
 
         Raises `ValueError` for bad labels.
         """
         self.check(batch)
+        return {"loss": self.label_loss(self.backbone.logits_by_head(*self._seen(batch)), batch)}
+
+    def label_loss(self, heads: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Logits (B, K) of some heads -> their mean loss by the batch's labels, 0-dimensional."""
         label = _target(batch["label"])
-        heads = self.backbone.logits_by_head(*self._seen(batch))
-        losses = [_cross_entropy(logits, label, self.label_smoothing).sum() for logits in heads]
-        weight = labelled(label).sum()
-        return {"loss": torch.stack(losses).mean() / weight.where(weight > 0, 1)}
+        losses = [image_losses(logits, label, self.loss, self.class_weights).sum() for logits in heads]
+        return mean_by(torch.stack(losses).mean(), labelled(label, self.class_weights))
 
     def weight(self, batch: Batch) -> Tensor:
-        """The labelled images of a batch; one whose label is shares of classes counts as much as they add up to."""
-        return labelled(_target(batch["label"])).sum()
+        """The labelled images of a batch, times the weights of their classes; shares count as they add up."""
+        return labelled(_target(batch["label"]), self.class_weights).sum()
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, K), the heads averaged as the backbone averages them, in fp32 at least."""
@@ -95,7 +111,7 @@ class Classify(Task):
         """
         self.check(batch)
         label, logits = _target(batch["label"]), self.logits(batch)
-        losses, weights = _cross_entropy(logits, label), labelled(label)
+        losses, weights = image_losses(logits, label, LossConfig()), labelled(label)
         metrics.update(preds=logits, target=hard_labels(label), losses=losses, weights=weights)
 
     def predict(self, batch: Batch, top: int = 5) -> list[Classification]:
@@ -167,25 +183,18 @@ def check_names(classes: Sequence[str], count: int, former: int | None = None) -
         )
 
 
+def mean_by(total: Tensor, weights: Tensor) -> Tensor:
+    """`total` over the sum of the images' weights (B,), or as it is, zero, where they weigh nothing."""
+    weight = weights.sum()
+    return total / weight.where(weight > 0, 1)
+
+
 def _target(label: Tensor) -> Tensor:
     return label if label.is_floating_point() else label.long()
 
 
 def _sound(label: Tensor, count: int) -> Tensor:
     return ((label >= 0) & (label < count)) | (label == UNLABELLED)
-
-
-def labelled(label: Tensor) -> Tensor:
-    """(B,) float: 1 for an image with a class index and 0 for `UNLABELLED`; of shares (B, K) their sum."""
-    return label.sum(-1) if label.is_floating_point() else (label.long() != UNLABELLED).float()
-
-
-def _cross_entropy(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
-    """(B,) each image's own; where a label is shares that add up to less than one, only that much of it."""
-    if not label.is_floating_point():
-        return F.cross_entropy(logits, label, label_smoothing=smoothing, ignore_index=UNLABELLED, reduction="none")
-    spread = labelled(label)[:, None] / logits.shape[-1]
-    return F.cross_entropy(logits, label.lerp(spread, smoothing), reduction="none")
 
 
 def hard_labels(label: Tensor) -> Tensor:

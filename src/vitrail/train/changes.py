@@ -34,7 +34,7 @@ from vitrail.train.resume import Loader
 LOG = logging.getLogger("vitrail")
 FREE = frozenset({
     "out", "data_dir", "download", "in_memory", "workers", "worker_timeout", "device", "deterministic",
-    "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan", "on_bad_image",
+    "teacher_path", "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan", "on_bad_image",
     "entropy_floor",
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
@@ -79,15 +79,15 @@ class Change(NamedTuple):
 def told(config: TrainConfig, task: Task, loader: Loader) -> dict[str, Any]:
     """What a checkpoint remembers of a run: its settings, network, preprocessing, training images and trained weights.
 
-    `overridden` is what was changed in the course of the run; `trained` are the weights that are not
-    frozen, as the optimiser has them.
+    Of a teacher it is not where it lies, but which it is. `overridden` is what was changed in the course of the run;
+    `trained` are the weights that are not frozen, as the optimiser has them.
     """
     card = task.backbone.card()
     preprocess = {name: value for name, value in asdict(card.preprocess).items() if name != "known"}
     network = {"family": card.family, **card.config}
     return {
         **settings(config), "network": network, "preprocess": preprocess, "images": remembered(loader),
-        "overridden": [], "trained": decayed(task),
+        "overridden": [], "trained": decayed(task), "teacher": task.taught_by() or "",
     }  # fmt: skip
 
 

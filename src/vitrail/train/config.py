@@ -23,6 +23,8 @@ from vitrail.data.datasets import DataConfig
 from vitrail.data.sizes import SizeConfig
 from vitrail.files import write_whole
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
+from vitrail.tasks.distill import DistillConfig
+from vitrail.tasks.losses import LossConfig, LossName
 from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,12 +34,17 @@ LOG = logging.getLogger("vitrail")
 PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
 FALLING, FALLS, RESTARTS = "a --schedule that falls", "--schedule step", "--schedule restarts"
 SQUARES = "an --optimizer other than sgd"
+BCE, FOCAL, ASYMMETRIC = (f"--loss {name}" for name in ("bce", "focal", "asymmetric"))
+EFFECTIVE, TAUGHT, SOFT = "--class-weights effective", "--teacher", "--teacher and --distillation soft"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
     "grow_until": GROWN,
     "min_lr": FALLING, "decay_epochs": FALLS, "decay_steps": FALLS, "decay_rate": FALLS, "restart_epochs": RESTARTS,
     "restart_steps": RESTARTS, "restart_factor": RESTARTS, "beta2": SQUARES,
+    "bce_threshold": BCE, "focal_gamma": FOCAL, "asl_gamma_neg": ASYMMETRIC, "asl_gamma_pos": ASYMMETRIC,
+    "asl_clip": ASYMMETRIC, "effective_beta": EFFECTIVE, "teacher_path": TAUGHT, "distillation": TAUGHT,
+    "distillation_alpha": TAUGHT, "distillation_tau": SOFT,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
@@ -45,8 +52,8 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
-    """A whole training run: images, augmentation, optimiser, model and machine.
+class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConfig, OptimConfig):
+    """A whole training run: images, augmentation, loss, teacher, optimiser, model and machine.
 
     Raises `ValueError` for a value out of its range, `TypeError` for one of another type, each naming the flag.
     """
@@ -55,8 +62,6 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
     """a row of `vitrail models`, or a short name that the image size completes"""
     out: str = "runs/run"
     """folder of the run: config, history, checkpoints, model"""
-    label_smoothing: float = 0.0
-    """share of the target spread over all classes"""
     drop_path: float = 0.0
     """stochastic depth of the last block"""
     drop_rate: float = 0.0
@@ -91,7 +96,7 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), kinds[f.name]))
         super().__post_init__()  # each part checks its own fields and passes on to the next
-        for name in ("label_smoothing", "drop_path", "drop_rate", "ema", "entropy_floor"):
+        for name in ("drop_path", "drop_rate", "ema", "entropy_floor"):
             require(0 <= getattr(self, name) < 1, name, "lie in [0, 1)", getattr(self, name))
         averages = self.optimizer == "schedule_free"
         require(not (averages and self.ema), "ema", "be 0 with --optimizer schedule_free, which averages", self.ema)
@@ -191,6 +196,10 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         FALLS: schedule == "step",
         RESTARTS: schedule == "restarts",
         SQUARES: config.optimizer != "sgd",
+        **{f"--loss {name}": config.loss == name for name in get_args(LossName)},
+        EFFECTIVE: config.class_weights == "effective",
+        TAUGHT: config.teacher != "",
+        SOFT: config.teacher != "" and config.distillation == "soft",
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,
