@@ -68,6 +68,10 @@ TRAIN_SPELLINGS = {
     "model_ema": "ema",
     "aug_repeats": "repeats",
     "ra_reps": "repeats",
+    "from": "from_weights",
+    "pretrained": "from_weights",
+    "finetune": "from_weights",
+    "initial_checkpoint": "from_weights",
 }
 POOLINGS = {"cls": "token", "tok": "token", "mean": "avg", "gap": "avg"}
 """values of `global_pool` elsewhere"""

@@ -23,17 +23,23 @@ from vitrail.data.datasets import DataConfig
 from vitrail.data.sizes import SizeConfig
 from vitrail.files import write_whole
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
+from vitrail.train.finetune import FinetuneConfig, freezing
 from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
 LOG = logging.getLogger("vitrail")
+AUTO = "auto"
+"""the model that is meant where none is named"""
 PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
+BLOCKS = "layers that are trained (another --freeze)"
+RESTING = ("backbone", "prompts", "deep_prompts")
+"""where no layer of the network but its head is in training mode"""
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
-    "grow_until": GROWN,
+    "grow_until": GROWN, "drop_path": BLOCKS,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
@@ -41,14 +47,15 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
-    """A whole training run: images, augmentation, optimiser, model and machine.
+class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig, FinetuneConfig):
+    """A whole training run: images, augmentation, optimiser, weights to begin with, model and machine.
 
     Raises `ValueError` for a value out of its range, `TypeError` for one of another type, each naming the flag.
     """
 
-    model: str = "vit_tiny"
-    """a row of `vitrail models`, or a short name that the image size completes"""
+    model: str = AUTO
+    """a row of `vitrail models`, or a short name that the image size completes; auto is vit_tiny, or what the weights
+    of --from are for"""
     out: str = "runs/run"
     """folder of the run: config, history, checkpoints, model"""
     label_smoothing: float = 0.0
@@ -96,6 +103,8 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, OptimConfig):
         require(0 <= self.max_minutes < math.inf, "max_minutes", "be 0 (off) or more", self.max_minutes)
         require(self.model != "", "model", "name a model; see `vitrail models`", "nothing")
         require(self.out != "", "out", "name a folder", "nothing")
+        together = freezing(self.freeze).kind != "gradual" or self.devices * self.num_nodes == 1
+        require(together, "freeze", "be another with several processes, which share all gradients", self.freeze)
         self._check_words()
 
     def _check_words(self) -> None:
@@ -183,6 +192,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,
+        BLOCKS: freezing(config.freeze).kind not in RESTING,
     }
     idle = [name for name in config.changes() if name in NEEDS and not there[NEEDS[name]]]
     if idle:
