@@ -1,15 +1,15 @@
 """Fine-tuning: which weights a run begins with, and which of a network's parameters it trains.
 
-| `--freeze`       | what is trained                                   | source                                           |
-|------------------|---------------------------------------------------|--------------------------------------------------|
-| `none`           | everything                                        |                                                  |
-| `backbone`       | the head alone: a linear probe                    | Alain & Bengio 2017, 1610.01644                  |
-| `first:N`        | all but the embedding and the first N layers      | Yosinski et al. 2014, 1411.1792                  |
-| `gradual:E`      | the last layer; each E epochs the one before too  | Howard & Ruder 2018, ULMFiT, section 3.3         |
-| `bias`           | biases and the head                               | Zaken et al. 2022, BitFit                        |
-| `lora:R`         | rank-R updates of attention's layers, and the head | Hu et al. 2022, LoRA, section 4                 |
-| `prompts:N`      | N tokens more beside the class token, and the head | Jia et al. 2022, VPT-shallow, section 3.2       |
-| `deep_prompts:N` | the same, N of its own in every layer             | Jia et al. 2022, VPT-deep, section 3.2           |
+| `--freeze`       | what is trained                                    | source                                    |
+|------------------|----------------------------------------------------|-------------------------------------------|
+| `none`           | everything                                         |                                           |
+| `backbone`       | the head alone: a linear probe                     | Alain & Bengio 2017, 1610.01644           |
+| `first:N`        | all but the embedding and the first N layers       | Yosinski et al. 2014, 1411.1792           |
+| `gradual:E`      | the last layer; each E epochs one layer more       | Howard & Ruder 2018, ULMFiT, section 3.3  |
+| `bias`           | biases and the head                                | Zaken et al. 2022, BitFit                 |
+| `lora:R`         | rank-R updates of attention's layers, and the head | Hu et al. 2022, LoRA, section 4           |
+| `prompts:N`      | N tokens beside the class token, and the head      | Jia et al. 2022, VPT-shallow, section 3.2 |
+| `deep_prompts:N` | the same, N of its own in every layer              | Jia et al. 2022, VPT-deep, section 3.2    |
 
 A layer is one of `layer_groups()`; a task's own parts beside the backbone are trained with the head. Modules of which
 nothing is trained are in evaluation mode: their norms keep their means, their dropout rests. Prompts are part of the
