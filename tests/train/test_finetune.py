@@ -290,7 +290,7 @@ def test_a_missing_peft_is_named(make_task, monkeypatch):
 
 
 def by_hand(model, images, own):
-    """VPT-deep as its paper writes it: in every layer the layer's own prompts stand where the last ones' answers did."""
+    """VPT-deep as its paper writes it: a layer's own prompts stand where what became of the last ones did."""
     tokens = model.embed(images)
     x = tokens.x + tokens.pos
     for number, layer in enumerate(model.blocks):
@@ -359,9 +359,7 @@ def test_deep_prompts_are_drawn_by_their_law():
     assert not isinstance(model.blocks[0], PromptedBlock)
 
 
-@pytest.mark.parametrize(
-    "row", ["swin_debug", "pvt_debug", "pvt_v2_debug", "cait_debug", "crossvit_debug", "resnet_debug"]
-)
+@pytest.mark.parametrize("row", ["swin_debug", "pvt_debug", "cait_debug", "crossvit_debug", "resnet_debug"])
 def test_prompts_are_for_plain_vits(row):
     with pytest.raises(ValueError, match=f"prompts:N is for plain ViTs, .*; {row} has none: use bias, first:N or"):
         prompted(build_model(row), "prompts:4")
@@ -404,17 +402,18 @@ def test_deep_prompts_once():
 @pytest.mark.parametrize(
     ("freeze", "said"),
     [
-        ("backbone", "--freeze backbone trains 51 of 7,523 parameters (0.68 %): backbone.head.weight, backbone.head.bias"),
-        ("gradual:1", "--freeze gradual:1 trains 83 of 7,523 parameters (1.1 %): backbone.norm.weight, backbone.norm.bias, "
+        ("backbone", "51 of 7,523 parameters (0.68 %): backbone.head.weight, backbone.head.bias"),
+        ("gradual:1", "83 of 7,523 parameters (1.1 %): backbone.norm.weight, backbone.norm.bias, "
          "backbone.head.weight, backbone.head.bias; later one layer more at a time"),
-        ("first:0", "--freeze first:0 trains 6,643 of 7,523 parameters (88 %): backbone.blocks.0.norm1.weight, "
-         "backbone.blocks.0.norm1.bias, backbone.blocks.0.attn.qkv.weight, backbone.blocks.0.attn.qkv.bias and 24 more"),
+        ("first:0", "6,643 of 7,523 parameters (88 %): backbone.blocks.0.norm1.weight, "
+         "backbone.blocks.0.norm1.bias, backbone.blocks.0.attn.qkv.weight, backbone.blocks.0.attn.qkv.bias "
+         "and 24 more"),
     ],
 )  # fmt: skip
 def test_one_line_says_what_is_trained(freeze, said, make_task, caplog):
     caplog.set_level("INFO", logger="vitrail")
     with tuned(make_task(), freeze):
-        assert caplog.messages == [said]
+        assert caplog.messages == [f"--freeze {freeze} trains {said}"]
 
 
 def test_a_setting_of_frozen_layers_does_nothing(caplog):

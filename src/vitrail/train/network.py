@@ -79,24 +79,24 @@ def _fresh(config: TrainConfig, splits: Splits) -> Backbone:
 def _begun(config: TrainConfig, splits: Splits) -> Backbone:
     """The network of somebody's weights, for these images and classes."""
     own, row = config.img_size or splits.train.size, "" if config.model == AUTO else config.model
-    given = {"in_chans": splits.preprocess().in_chans} | ({"img_size": pair(own)} if own else {})
+    given: dict[str, Any] = {"in_chans": splits.preprocess().in_chans} | ({"img_size": pair(own)} if own else {})
     model = open_weights(config.from_weights, row and resolve_name(row, min(pair(own or 224))), **given).train()
     dropouts = _dropouts({f.name for f in fields(model.config)}, model.variant or model.family, config)
     if any(getattr(model.config, name) != value for name, value in dropouts.items()):
         model = rebuilt(model, **dropouts)
-    _fit_head(model, splits, config.from_weights)
+    fit_head(model, splits.classes, config.from_weights)
     model.preprocess = _prepared(model, splits)
     why = "as --img-size says" if config.img_size else "the images' own size" if own else "the weights' own size"
     _say_size(model, why)
     return model
 
 
-def _fit_head(model: Backbone, splits: Splits, source: str) -> None:
+def fit_head(model: Backbone, classes: tuple[str, ...], source: str) -> None:
     """A head for the classes of the data: the weights' own where it has the very same ones, else a fresh one."""
-    if model.classes == splits.classes and model.num_classes == len(splits.classes):
+    if model.classes == classes and model.num_classes == len(classes):
         LOG.info("%s: its head is kept, for the same %d classes", source, model.num_classes)
         return
-    former, count = model.num_classes, len(splits.classes)
+    former, count = model.num_classes, len(classes)
     model.reset_classifier(count)
     LOG.info("%s: a fresh head for %d classes, in the place of one for %d", source, count, former)
 
