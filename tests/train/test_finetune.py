@@ -16,7 +16,7 @@ from vitrail.models.registry import build_model
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import Interrupted
-from vitrail.train.finetune import freezing, merge, prompted, settle, tuned, unfrozen
+from vitrail.train.finetune import freezing, merge, prompted, say_trained, settle, tuned, unfrozen
 from vitrail.weights.load import load_model
 
 HEAD = {"backbone.head.weight", "backbone.head.bias"}
@@ -412,7 +412,8 @@ def test_deep_prompts_once():
 )  # fmt: skip
 def test_one_line_says_what_is_trained(freeze, said, make_task, caplog):
     caplog.set_level("INFO", logger="vitrail")
-    with tuned(make_task(), freeze):
+    with tuned(task := make_task(), freeze):
+        say_trained(task, freeze)
         assert caplog.messages == [f"--freeze {freeze} trains {said}"]
 
 

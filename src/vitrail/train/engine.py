@@ -36,7 +36,7 @@ from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import WeightEma, averaged, copy_into
 from vitrail.train.entropy import EntropyGuard
-from vitrail.train.finetune import freezing, merge, tuned
+from vitrail.train.finetune import freezing, merge, say_trained, tuned
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.imagelist import write_list
@@ -129,6 +129,8 @@ def fit(
         now = told(config, task, train_loader) if folder else {}
         resumed = newest_whole(folder / "checkpoints") if folder and resume else None
         start = go_on(resumed, now, task, override, train_loader) if resumed else Start(now)
+        if config.freeze != "none":
+            say_trained(task, config.freeze)
         return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
 
 

@@ -174,7 +174,6 @@ def tuned(task: Task, freeze: str, seed: int = 0) -> Iterator[None]:
         trained |= _adapt(task, chosen.number, seed)
     if chosen.kind != "gradual":
         settle(task, trained)
-    _say_trained(task, freeze, trained if chosen.kind != "gradual" else unfrozen(task, chosen.number, 0) & free)
     try:
         yield
     finally:
@@ -185,12 +184,16 @@ def tuned(task: Task, freeze: str, seed: int = 0) -> Iterator[None]:
             module.training = mode
 
 
-def _say_trained(task: Task, freeze: str, trained: set[str]) -> None:
+def say_trained(task: Task, freeze: str) -> None:
+    """Tells the logger `vitrail`, in one line, what a task that is `tuned` trains; at first, where that changes."""
+    kind, number = freezing(freeze)
+    trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+    trained &= unfrozen(task, number, 0) if kind == "gradual" else trained
     sizes = {name: parameter.numel() for name, parameter in task.named_parameters()}
     count, total = sum(sizes[name] for name in trained), sum(sizes.values())
     names = [name for name in sizes if name in trained]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    later = "; later one layer more at a time" if freezing(freeze).kind == "gradual" else ""
+    later = "; later one layer more at a time" if kind == "gradual" else ""
     LOG.info(
         "--freeze %s trains %s of %s parameters (%.2g %%): %s%s%s", freeze, f"{count:,}", f"{total:,}",
         100 * count / total, ", ".join(names[:NAMED]), more, later,
