@@ -23,7 +23,12 @@ def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_examples_are_short_and_say_how_to_run_them():
-    assert {path.stem for path in EXAMPLES} >= {"attention_analysis", "classification", "components"}
+    assert {path.stem for path in EXAMPLES} >= {
+        "attention_analysis",
+        "classification",
+        "components",
+        "transfer_learning",
+    }
     for path in EXAMPLES:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 60, path.name

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds it equal to the
     from vitrail.models.vit_config import ViTConfig as ViTConfig
     from vitrail.predict import Predictor as Predictor, ViTClassifier as ViTClassifier
     from vitrail.trainer import ViTTrainer as ViTTrainer, run_training as run_training
+    from vitrail.transfer import ViTTransferLearning as ViTTransferLearning
     from vitrail.visualize import (
         AttentionVisualizer as AttentionVisualizer,
         visualize_patch_embedding as visualize_patch_embedding,
@@ -42,6 +43,7 @@ _HOMES = {
     "ViTClassifier": "vitrail.predict",
     "ViTConfig": "vitrail.models.vit_config",
     "ViTTrainer": "vitrail.trainer",
+    "ViTTransferLearning": "vitrail.transfer",
     "VisionTransformer": "vitrail.models.vit",
     "create_model": "vitrail.weights.load",
     "get_data_loaders": "vitrail.data.loading",

@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.inspect,
     "convert": commands.convert,
     "parity": commands.parity,
+    "transfer": commands.transfer,
     "demo": commands.demo,
 }
 

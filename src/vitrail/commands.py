@@ -19,7 +19,7 @@ from vitrail.flags import existing
 from vitrail.images import SUFFIXES
 from vitrail.names import check_choice, nearest, printable
 from vitrail.processes import is_first
-from vitrail.train.config import TrainConfig
+from vitrail.train.config import Device, TrainConfig
 
 if TYPE_CHECKING:
     from vitrail.predict import ViTClassifier
@@ -255,6 +255,40 @@ def parity(
         raise ValueError(
             f"there is nothing to hold {pattern!r} against: none of {asked}, if installed, has such a model"
         )
+
+
+def transfer(
+    weights: Annotated[str, "weights to begin with, as train --from takes them"],
+    data: Annotated[str, "bloodcells, cifar10, cifar100, imagenet, or folder:PATH"],
+    /,
+    *,
+    strategies: Annotated[list[str] | None, "words of --freeze, or scratch; all by default"] = None,
+    seeds: Annotated[int, "runs of each"] = 3,
+    epochs: Annotated[int, "epochs of each run"] = 20,
+    img_size: Annotated[int | None, "as train's"] = None,
+    batch_size: Annotated[int, "images a batch"] = 64,
+    data_dir: Annotated[str, "where named data sets lie"] = "data",
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto",
+    debug: Annotated[bool, "a few batches an epoch, to see that everything runs"] = False,
+    out: Annotated[str, "folder of the runs, the table and its picture"] = "runs/transfer",
+) -> None:
+    """Fine-tune by every strategy, and print a table of how well each does (Markdown), with intervals."""
+    from vitrail.draw.canvas import save_figure
+    from vitrail.draw.plots import interval_bars
+    from vitrail.files import write_whole
+    from vitrail.research.transfer import markdown, transfer_table
+
+    config = TrainConfig(
+        from_weights=weights, data=data, epochs=epochs, img_size=img_size, batch_size=batch_size, data_dir=data_dir,
+        device=device, debug=debug, out=str(_place(out)), warmup_epochs=min(1, epochs / 4),
+    )  # fmt: skip
+    rows = []
+    for row in transfer_table(config, strategies or ("all",), seeds):
+        rows.append(row)
+        write_whole(Path(out) / "transfer.md", markdown(rows) + "\n")  # what is done is there, whatever comes
+    chart = interval_bars({row.strategy: row.balanced for row in rows}, f"balanced accuracy on {data}")
+    save_figure(chart, Path(out) / "transfer.png")
+    print(markdown(rows))
 
 
 def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:

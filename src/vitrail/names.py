@@ -89,6 +89,10 @@ TRAIN_SPELLINGS = {
     "teacher_model": "teacher",
     "teacher_weights": "teacher_path",
     "distillation_type": "distillation",
+    "from": "from_weights",
+    "pretrained": "from_weights",
+    "finetune": "from_weights",
+    "initial_checkpoint": "from_weights",
 }
 POOLINGS = {"cls": "token", "tok": "token", "mean": "avg", "gap": "avg"}
 """values of `global_pool` elsewhere"""

@@ -42,7 +42,8 @@ from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import fit, refuse_start
-from vitrail.train.network import make_model
+from vitrail.train.finetune import prompted
+from vitrail.train.network import make_model, network_record, row_named
 from vitrail.train.resume import Loader, refuse_uneven
 from vitrail.train.task import make_task
 from vitrail.weights.load import SHIPPED, load_model
@@ -55,7 +56,7 @@ RUN = (
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig, SizeConfig) for f in fields(part)} - {"seed"} | {
-    "model", "out", "drop_path", "drop_rate",
+    "model", "out", "drop_path", "drop_rate", "from_weights",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
 SILENT = "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
@@ -73,7 +74,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, override: Collect
     """
     out = Path(config.out)
     check_workers(config.workers)
-    resolve_name(config.model)
+    resolve_name(row_named(config))
     demo = not resume and config == demo_config(config.out)
     if not demo:
         refuse_start(out, resume, override)
@@ -92,7 +93,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
         was, now = _some(tuple(former["classes"])), _some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
     refuse_uneven((splits.val, splits.test), config)
-    model = make_model(config, splits)
+    model = make_model(config, splits, former.get("network") if former else None)
     say_few(splits)
     say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
     if former and "preprocess" in former and "preprocess" not in override:  # of the images that training began with
@@ -101,7 +102,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
     augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model))
-    record = splits.record() | {"preprocess": asdict(model.preprocess)}
+    record = splits.record() | {"preprocess": asdict(model.preprocess)} | network_record(config, model)
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
     with counted_in(BadImages(out, resume=resume), train, val, test) as bad:
@@ -113,7 +114,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
             if resume:  # only now: a resume that was refused changes nothing
                 write_whole(out / "splits.json", json.dumps(record, indent=1))
             best = Classify(load_model(out).to(pick_device(config.device)))
-            report_run(out, best, test, history, _facts(config, splits), bad)
+            report_run(out, best, test, history, _facts(config, splits, model), bad)
     return history
 
 
@@ -322,6 +323,7 @@ class ViTTrainer:
         """Trains and returns the epochs' figures; `settings` are fields of `TrainConfig` in any known spelling.
 
         `val_loader` chooses the best epoch; the report's figures are of `test_loader`, or else of `val_loader`.
+        With `freeze="prompts:8"` or `"deep_prompts:8"`, `model` is from then on another network, which has them.
         Raises `TypeError` for an unknown setting, naming the nearest, and for one that the model or the loaders have
         settled, and for what is no loader; `ValueError` for a bad value.
         """
@@ -338,8 +340,9 @@ class ViTTrainer:
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
         say_idle(config, kept=out is not None, validated=val_loader is not None)
-        task = make_task(self.model, config)
         refuse_start(out, resume=False)
+        self.model = prompted(self.model, config.freeze, config.seed)
+        task = make_task(self.model, config)
         with claimed(out):  # before the record of another run is removed
             refuse_start(out, resume=False)
             with counted_in(BadImages(out), train_loader, val_loader, test_loader) as bad:
@@ -372,10 +375,10 @@ def _as_constructed(model: Backbone) -> bool:
         return model.preprocess == cast(Any, type(model))(model.config).preprocess
 
 
-def _facts(config: TrainConfig, splits: Splits) -> RunFacts:
+def _facts(config: TrainConfig, splits: Splits, model: Backbone) -> RunFacts:
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in config.changes().items()]
     return RunFacts(
-        title=f"{config.model} on {config.data}",
+        title=f"{model.variant or model.family} on {config.data}",
         command=" ".join(["vitrail train", *flags]),
         data=splits.name,
         split="val" if splits.test is splits.val else "test",

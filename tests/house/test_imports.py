@@ -123,7 +123,7 @@ def test_the_table_itself():
     rules = room_rules()
     assert all(allowed <= set(rules) for allowed in rules.values()), "a row allows a room that has no row"
     assert [r for r in rules if "cli" in rules[r]] == ["__main__"]
-    assert [r for r in rules if "trainer" in rules[r]] == ["commands"]
+    assert [r for r in rules if "trainer" in rules[r]] == ["research", "commands"]
     assert sorted(r for r in rules if "report" in rules[r]) == ["commands", "trainer"]
     assert not rules["explain"] & {"models", "weights", "predict"}
 

@@ -19,7 +19,7 @@ from vitrail.train.config import NEEDS, TrainConfig, say_idle
 def test_defaults_are_sound():
     config = TrainConfig()
     assert (config.model, config.epochs, config.batch_size, config.mixup, config.ema) == (
-        "vit_tiny",
+        "auto",
         100,
         128,
         0.0,

@@ -7,7 +7,7 @@ Legend: `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +128,32 @@ def reliability_diagram(reliability: Tensor) -> Canvas:
     for axis in (upper.xaxis, upper.yaxis, lower.xaxis):
         axis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return drawing
+
+
+class Measure(NamedTuple):
+    """A figure and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval_bars(named: Mapping[str, Measure], title: str) -> Canvas:
+    """A bar for each share in `named`, from the top down, its interval as a line and its value in words."""
+    drawing = Canvas(6.2, 0.9 + 0.34 * len(named))
+    axes = drawing.subplots()
+    dress(axes, title)
+    places = np.arange(len(named))
+    values, lows, highs = np.array(list(named.values())).T
+    axes.barh(places, values, color=FILL, edgecolor=BLUE, linewidth=0.8, height=0.7)
+    axes.errorbar(values, places, xerr=np.abs([values - lows, highs - values]), fmt="none", ecolor=ORANGE, capsize=3)
+    for place, measure in enumerate(named.values()):
+        axes.text(0.01, place, f"{measure.value:.1%}", va="center", fontsize=SMALL, color=INK)
+    axes.set_yticks(places, list(named), fontsize=SMALL, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PERCENT)
     return drawing
 
 

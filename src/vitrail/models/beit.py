@@ -45,6 +45,11 @@ class BeitConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         ViTConfig.__post_init__(self)
+        if self.deep_prompts:
+            raise ValueError(
+                f"deep_prompts are for plain ViTs' blocks, not this family's; got {self.deep_prompts}: use reg_tokens "
+                "alone"
+            )
         if self.block != "prenorm":
             raise ValueError(
                 f"block must be prenorm in this family; got {self.block!r}: use VisionTransformer(block=…)"

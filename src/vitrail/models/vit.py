@@ -30,6 +30,7 @@ from vitrail.layers.embed import PatchEmbed, PatchLinear, check_mask, pair, resi
 from vitrail.layers.init import init_leaf, trunc_normal
 from vitrail.layers.linear import Linear, is_hooked
 from vitrail.layers.local import LocalAttention
+from vitrail.layers.prompts import PromptedBlock, init_prompts
 from vitrail.layers.relative import PREFIX_ROWS, QVAttention, RelativeAttention
 from vitrail.layers.rope import ROPES, Rope
 from vitrail.layers.tokens import AttentionPool, mean_tokens, padding_bias
@@ -38,7 +39,7 @@ from vitrail.models.config import choose
 from vitrail.models.vit_config import ViTConfig
 from vitrail.records import Preprocess
 
-KNOWN_BLOCKS = {*BLOCKS.values(), GammaBlock}
+KNOWN_BLOCKS = {*BLOCKS.values(), GammaBlock, PromptedBlock}
 KNOWN_ATTENTIONS = {Attention, QVAttention, RelativeAttention}
 """of these it is known that they make the first tokens alone, and those as if they had made all"""
 
@@ -88,8 +89,11 @@ class VisionTransformer(Backbone):
         self.reg_token = nn.Parameter(torch.empty(1, c.reg_tokens, c.embed_dim)) if c.reg_tokens else None
 
     def _make_block(self, index: int, drop_path: float) -> nn.Module:
-        c = self.config
-        return BLOCKS[c.block](**self._block_parts(index, drop_path), init_values=c.init_values)
+        c, parts = self.config, self._block_parts(index, drop_path)
+        if c.deep_prompts and index:
+            first = self.num_prefix_tokens - c.deep_prompts
+            return PromptedBlock(**parts, init_values=c.init_values, prompts=c.deep_prompts, first=first)
+        return BLOCKS[c.block](**parts, init_values=c.init_values)
 
     def _block_parts(self, index: int, drop_path: float) -> dict[str, Any]:
         """What blocks of every kind are made of."""
@@ -298,6 +302,7 @@ class VisionTransformer(Backbone):
         | attention pooling's query | truncated normal, std 1 / sqrt(C)      | timm                       |
         | learned positions         | truncated normal, std 0.02             | ViT, appendix D.4          |
         | class and register tokens | normal, std 1e-6                       | timm                       |
+        | prompts of a block        | uniform, as `init_prompts` says        | VPT's code                 |
         | sin-cos positions         | the formula; zero for prefix rows      | MAE                        |
         | norms, LayerScale, biases | 1 and 0, `init_values`, 0              |                            |
         """
@@ -312,6 +317,9 @@ class VisionTransformer(Backbone):
             trunc_normal(self.attn_pool.latent, self.num_features**-0.5)
         for token in self._prefix().values():
             nn.init.normal_(token, std=1e-6)
+        for block in self.blocks:
+            if isinstance(block, PromptedBlock):
+                init_prompts(block.prompt, self.patch_embed.patch_size)
         self._init_positions()
 
     def _init_positions(self) -> None:
@@ -336,7 +344,7 @@ class VisionTransformer(Backbone):
 
     def no_weight_decay(self) -> set[str]:
         names = {"pos_embed", "attn_pool.latent", *self.prefix_names, *self.position_tables()}
-        return {name for name, _ in self.named_parameters() if name in names}
+        return {name for name, _ in self.named_parameters() if name in names or name.endswith(".prompt")}
 
     def layer_groups(self) -> list[list[str]]:
         """Embedding, then each block, then norm, pooling and head."""

@@ -20,7 +20,7 @@ from vitrail.names import check_choice
 PAIRS = ("img_size", "patch_size")
 LEAST = {
     **dict.fromkeys((*PAIRS, "embed_dim", "depth", "num_heads", "in_chans"), 1),
-    **dict.fromkeys(("num_classes", "reg_tokens", "window_size"), 0),
+    **dict.fromkeys(("num_classes", "reg_tokens", "deep_prompts", "window_size"), 0),
 }
 BESIDE_WINDOWS = ("class_token", "reg_tokens", "rel_pos_bias", "shared_blocks")
 """what a network with windows cannot have"""
@@ -60,6 +60,8 @@ class ViTConfig:
     class_token: bool = True
     reg_tokens: int = 0
     """registers (Darcet et al. 2024)"""
+    deep_prompts: int = 0
+    """how many of the registers, the last ones, every block but the first has of its own (Jia et al. 2022, VPT-deep)"""
     no_embed_class: bool = False
     """class and register tokens get no position"""
     pos_embed: Literal["learn", "sincos", "none"] = "learn"
@@ -122,6 +124,7 @@ class ViTConfig:
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool 'token' needs class_token=True; got False: use global_pool='avg' or 'map'")
         self._check_leaves()
+        self._check_prompts()
         self._check_windows()
 
     def _check_leaves(self) -> None:
@@ -137,6 +140,18 @@ class ViTConfig:
             raise ValueError(
                 "drop_path_rate grows from block to block, and shared_blocks=True has but one; got "
                 f"{self.drop_path_rate}: use 0"
+            )
+
+    def _check_prompts(self) -> None:
+        if self.deep_prompts > self.reg_tokens:
+            raise ValueError(
+                f"deep_prompts must be at most reg_tokens, whose rows they take; got {self.deep_prompts} of "
+                f"{self.reg_tokens}"
+            )
+        if self.deep_prompts and (self.block != "prenorm" or self.shared_blocks):
+            raise ValueError(
+                "deep_prompts are for blocks that norm before each branch, each its own; got "
+                f"block={self.block!r}, shared_blocks={self.shared_blocks}: use reg_tokens alone"
             )
 
     def _check_windows(self) -> None:

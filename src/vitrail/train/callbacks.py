@@ -1,4 +1,4 @@
-"""What acts on a run while it runs: stopping rules, signals, TensorBoard."""
+"""What acts on a run while it runs: unfreezing, stopping rules, signals, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vitrail.tasks.base import Task
 from vitrail.train.checkpoint import Checkpoints
+from vitrail.train.finetune import settle, unfrozen
 from vitrail.train.history import HistoryLog
 
 if TYPE_CHECKING:
@@ -24,6 +26,26 @@ LOG = logging.getLogger("vitrail")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGREE_EVERY = 20
 """optimiser steps between two agreements of all processes on whether one of them got a signal"""
+
+
+class Unfreeze(Callback):
+    """Trains one layer more, from the last on, after every `every` epochs; what was frozen by hand stays so.
+
+    Parameters without a gradient are passed over by the optimiser: neither moment nor weight decay touches them.
+    """
+
+    def __init__(self, task: Task, every: int) -> None:
+        self.task, self.every = task, every
+        self.free = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)  # a run that is gone on with within an epoch does not start it
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        settle(self.task, unfrozen(self.task, self.every, trainer.current_epoch) & self.free)
 
 
 class EarlyStop(Callback):

@@ -39,8 +39,8 @@ FREE = frozenset({
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
 ANEW = frozenset({"images", "batch_size", "repeats", "accumulate", "devices", "num_nodes", "seed", "debug"})
-SETTLED = frozenset({"val_fraction"})
-"""what had its say when the run began: the images that were held out stay so"""
+SETTLED = frozenset({"val_fraction", "from_weights", "freeze"})
+"""what had its say when the run began: held-out images, and weights that it began with or froze, stay so"""
 BESIDE = frozenset({"overridden", "trained"})
 """what is remembered and is no setting"""
 NAMED = 3

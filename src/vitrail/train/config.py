@@ -25,21 +25,27 @@ from vitrail.files import write_whole
 from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
 from vitrail.tasks.distill import DistillConfig
 from vitrail.tasks.losses import LossConfig, LossName
+from vitrail.train.finetune import FinetuneConfig, freezing
 from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
 LOG = logging.getLogger("vitrail")
+AUTO = "auto"
+"""the model that is meant where none is named"""
 PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
 FALLING, FALLS, RESTARTS = "a --schedule that falls", "--schedule step", "--schedule restarts"
 SQUARES = "an --optimizer other than sgd"
 BCE, FOCAL, ASYMMETRIC = (f"--loss {name}" for name in ("bce", "focal", "asymmetric"))
 EFFECTIVE, TAUGHT, SOFT = "--class-weights effective", "--teacher", "--teacher and --distillation soft"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
+BLOCKS = "layers that are trained (another --freeze)"
+RESTING = ("backbone", "prompts", "deep_prompts")
+"""where no layer of the network but its head is in training mode"""
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
-    "grow_until": GROWN,
+    "grow_until": GROWN, "drop_path": BLOCKS,
     "min_lr": FALLING, "decay_epochs": FALLS, "decay_steps": FALLS, "decay_rate": FALLS, "restart_epochs": RESTARTS,
     "restart_steps": RESTARTS, "restart_factor": RESTARTS, "beta2": SQUARES,
     "bce_threshold": BCE, "focal_gamma": FOCAL, "asl_gamma_neg": ASYMMETRIC, "asl_gamma_pos": ASYMMETRIC,
@@ -52,14 +58,15 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConfig, OptimConfig):
-    """A whole training run: images, augmentation, loss, teacher, optimiser, model and machine.
+class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConfig, OptimConfig, FinetuneConfig):
+    """A whole training run: images, augmentation, loss, teacher, optimiser, weights to begin with, model and machine.
 
     Raises `ValueError` for a value out of its range, `TypeError` for one of another type, each naming the flag.
     """
 
-    model: str = "vit_tiny"
-    """a row of `vitrail models`, or a short name that the image size completes"""
+    model: str = AUTO
+    """a row of `vitrail models`, or a short name that the image size completes; auto is vit_tiny, or what the weights
+    of --from are for"""
     out: str = "runs/run"
     """folder of the run: config, history, checkpoints, model"""
     drop_path: float = 0.0
@@ -107,6 +114,8 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
         require(0 <= self.max_minutes < math.inf, "max_minutes", "be 0 (off) or more", self.max_minutes)
         require(self.model != "", "model", "name a model; see `vitrail models`", "nothing")
         require(self.out != "", "out", "name a folder", "nothing")
+        together = freezing(self.freeze).kind != "gradual" or self.devices * self.num_nodes == 1
+        require(together, "freeze", "be another with several processes, which share all gradients", self.freeze)
         self._check_words()
 
     def _check_words(self) -> None:
@@ -203,6 +212,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,
+        BLOCKS: freezing(config.freeze).kind not in RESTING,
     }
     idle = [name for name in config.changes() if name in NEEDS and not there[NEEDS[name]]]
     if idle:

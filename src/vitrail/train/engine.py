@@ -29,13 +29,14 @@ from vitrail.names import require
 from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
-from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, handlers_kept
+from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, Unfreeze, handlers_kept
 from vitrail.train.changes import Start, go_on, refuse_idle, told
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import FreeAverage, WeightEma, averaged, copy_into
 from vitrail.train.entropy import EntropyGuard
+from vitrail.train.finetune import freezing, merge, say_trained, tuned
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
 from vitrail.train.history import HistoryLog, LossMeter, Reading
 from vitrail.train.imagelist import write_list
@@ -122,14 +123,16 @@ def fit(
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
-    make_optimizer(task, config)  # what speaks against it is said before anything is written
     if folder:
         task.backbone.check_savable()  # before training, not after it
-    with claimed(folder):
+    with claimed(folder), tuned(task, config.freeze, config.seed):
+        make_optimizer(task, config)  # what speaks against it is said before anything is written
         refuse_start(folder, resume)  # nobody else writes there any more
         now = told(config, task, train_loader) if folder else {}
         resumed = newest_whole(folder / "checkpoints") if folder and resume else None
         start = go_on(resumed, now, task, override, train_loader) if resumed else Start(now)
+        if config.freeze != "none":
+            say_trained(task, config.freeze)
         return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
 
 
@@ -142,7 +145,9 @@ def _fit(job: Job) -> History:
     written = job.write_config if job.start.checkpoint else None  # a run that ends before is as it was
     kept = Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every, written)
     stop = StopOnSignal(kept)
-    trainer = _trainer(config, job.device, _callbacks(config, record, ema, stop, folder), folder)
+    kind, every = freezing(config.freeze)
+    first = [Unfreeze(task, every)] if kind == "gradual" else []
+    trainer = _trainer(config, job.device, [*first, *_callbacks(config, record, ema, stop, folder)], folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, job.train_loader)
     with quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(job.device):
@@ -154,6 +159,7 @@ def _fit(job: Job) -> History:
     refuse_idle(job.start, len(record.history))
     if folder:
         _take_best(task, folder / "checkpoints")
+        merge(task)
         if trainer.is_global_zero:
             task.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],

@@ -236,18 +236,20 @@ def _of_others(path: Path) -> Backbone:
     return model
 
 
-def open_weights(source: str, row: str = "") -> Backbone:
+def open_weights(
+    source: str, row: str = "", *, bands: Sequence[str] | None = None, rest: Rest = "mean", **overrides: Any
+) -> Backbone:
     """The network that a model folder, a file or published weights hold; `row` names it where a file does not tell.
 
-    Raises as `create_model` and `load_weights` do.
+    `bands`, `rest` and `overrides` are those of `create_model`. Raises as `create_model` and `load_weights` do.
     """
     path = Path(source)
     if row:
         file, known = (read_file(path), None) if path.exists() else _named(source, None)
-        return filled(base_by(file, row), file, {}, known or file.beside.preprocess).eval()
+        return filled(base_by(file, row), file, overrides, known or file.beside.preprocess, bands, rest).eval()
     if path.exists():
-        return model_of_file(path, {}).eval()
-    return create_model(source, pretrained=True).eval()
+        return model_of_file(path, overrides, bands, rest).eval()
+    return create_model(source, pretrained=True, bands=bands, rest=rest, **overrides).eval()
 
 
 def _is_architecture(name: str) -> bool:
