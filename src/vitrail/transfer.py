@@ -35,6 +35,7 @@ from vitrail.train.engine import fit
 from vitrail.train.finetune import prompted
 from vitrail.train.network import fit_head
 from vitrail.train.resume import Loader
+from vitrail.train.task import make_task
 from vitrail.weights.fit import Rest
 from vitrail.weights.load import open_weights
 
