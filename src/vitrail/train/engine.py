@@ -122,7 +122,6 @@ def fit(
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
     device = _machine(config)
-    make_optimizer(task, config)  # what speaks against it is said before anything is written
     if folder:
         task.backbone.check_savable()  # before training, not after it
     with claimed(folder):
