@@ -13,7 +13,7 @@ from vitrail.train import optim
 from vitrail.train.changes import go_on
 from vitrail.train.checkpoint import read
 from vitrail.train.config import TrainConfig
-from vitrail.train.engine import Interrupted
+from vitrail.train.engine import Interrupted, fit
 from vitrail.train.finite import NonFiniteLoss
 from vitrail.weights.load import load_model
 
@@ -127,6 +127,16 @@ def test_without_a_folder_the_task_ends_with_the_average(train, make_task, finge
     tasks = make_task(), make_task()
     train(tasks[0], epochs=1, **recipe("schedule_free"))
     train(tasks[1], out=tmp_path, epochs=1, **recipe("schedule_free"))
+    assert fingerprint(tasks[0]) == fingerprint(tasks[1])
+
+
+def test_without_validation_the_average_is_that_of_the_end(make_task, fingerprint, tmp_path):
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    loader = [(images, torch.arange(8) % 3)] * 3
+    config = TrainConfig(epochs=2, device="cpu", **recipe("schedule_free"))
+    tasks = make_task(), make_task()
+    fit(tasks[0], loader, None, config)
+    fit(tasks[1], loader, None, config, out=tmp_path)
     assert fingerprint(tasks[0]) == fingerprint(tasks[1])
 
 
