@@ -24,7 +24,7 @@ from vitrail.models.registry import FAMILIES
 from vitrail.models.swin import SwinConfig
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
-from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
+from vitrail.weights.preprocessing import PROCESSOR, RESAMPLING
 from vitrail.weights.sources import SOURCES
 from vitrail.weights.timm_configs import ARGS, NAMES, SAME, to_timm, uneven_stage
 from vitrail.weights.transformers_configs import CONFIGS, Unsaid
