@@ -39,6 +39,8 @@ TIMM: Config = {
 }  # fmt: skip
 WARPED = 384
 """from this size on ConvNeXt's images are pressed, not cut"""
+LEAST, TINY = 0.01, 1e-9
+"""the smallest share of a picture that is cut out, and the smallest factor of its pixels"""
 
 
 class Prepared(NamedTuple):
@@ -71,48 +73,53 @@ def of_timm(config: Config) -> Prepared:
     stats = _stats(said, ("mean", "std"), size[0] if known else len(IMAGENET_MEAN), remarks)
     sides = _pair(size[1:]) if known else None
     if sides is None:
-        remarks.append(f"input_size={shortened(size)} is no size: the network's own is taken")
+        remarks.append(f"input_size={shortened(size)} is no size: here the network's own is taken")
     cut = Cut(sides or (224, 224), _share(said["crop_pct"], remarks), _mode(said["crop_mode"], remarks))
     return _prepared(stats, cut, _filter("interpolation", said["interpolation"], remarks), remarks)
 
 
 def _mode(mode: object, remarks: list[str]) -> CropMode:
-    if mode in get_args(CropMode):
-        return mode
-    remarks.append(f"crop_mode={shortened(mode)}: here the short side is resized and the centre cut out")
-    return "center"
+    found = _like(CropMode, mode)
+    if found is None:
+        remarks.append(f"crop_mode={shortened(mode)}: here the short side is resized and the centre cut out")
+    return found or "center"
 
 
 def _share(share: object, remarks: list[str]) -> float:
-    """A part of a picture; one that is larger than the whole would be padded."""
-    if isinstance(share, int | float) and 0 < share <= 1:
+    """A part of a picture: of one larger than the whole the rest would be black, of a tiny one the picture enormous."""
+    if isinstance(share, int | float) and LEAST <= share <= 1:
         return float(share)
-    remarks.append(f"crop_pct={shortened(share)}: here the whole short side is taken, crop_pct=1.0")
+    remarks.append(f"crop_pct={shortened(share)}: here it is 1.0")
     return 1.0
 
 
 # ---- transformers
 
 
-def _usual(resample: int, stats: Stats, square: bool = True, edge: int = 224, **more: Any) -> Config:
-    """A class of transformers' processors; `square` says that one number is a height and a width."""
+def _usual(resample: int, stats: Stats, size: Config, **more: Any) -> Config:
+    """A class of transformers' processors, by the words of its files; `square`: one number is a height and a width."""
     mean, std = (list(values) for values in stats)
-    size = {"height": edge, "width": edge} if square else {"shortest_edge": edge}
-    return {"resample": resample, "image_mean": mean, "image_std": std, "square": square, "size": size} | more
+    return {"resample": resample, "image_mean": mean, "image_std": std, "size": size} | more
 
 
-ALL: Config = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "square": True}
-MIDDLE = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+ALL: Config = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 2,
+    "square": True,
+}  # fmt: skip
+"""what all processors do where nothing else is said"""
+SQUARE: Config = {"height": 224, "width": 224}
+MIDDLE: Config = {"do_center_crop": True, "crop_size": SQUARE}
+BY_CLIP = _usual(3, CLIP, {"shortest_edge": 224}, square=False, **MIDDLE)
 PROCESSORS: dict[str, Config] = {
-    "Beit": _usual(3, HALF, crop_size=MIDDLE["crop_size"]),
-    "Bit": _usual(3, CLIP, square=False, **MIDDLE),
-    "CLIP": _usual(3, CLIP, square=False, **MIDDLE),
-    "ConvNext": _usual(3, HALF, square=False, edge=WARPED, crop_pct=0.875),
-    "DINOv3ViT": _usual(2, IMAGENET),
-    "DeiT": _usual(3, HALF, edge=256, **MIDDLE),
-    "Pvt": _usual(3, IMAGENET),
-    "Siglip": _usual(3, HALF, square=False, size={"height": 224, "width": 224}),
-    "ViT": _usual(2, HALF),
+    "Beit": _usual(3, HALF, SQUARE, crop_size=SQUARE),
+    "Bit": BY_CLIP,
+    "CLIP": BY_CLIP,
+    "ConvNext": _usual(3, HALF, {"shortest_edge": WARPED}, square=False, crop_pct=0.875),
+    "DINOv3ViT": _usual(2, IMAGENET, SQUARE),
+    "DeiT": _usual(3, HALF, {"height": 256, "width": 256}, **MIDDLE),
+    "Pvt": _usual(3, IMAGENET, SQUARE),
+    "Siglip": _usual(3, HALF, SQUARE, square=False),
+    "ViT": _usual(2, HALF, SQUARE),
 }
 """what a processor does that its file does not say, by the first part of its class's name"""
 KINDS = {
@@ -126,7 +133,7 @@ PUBLISHED: dict[str, tuple[str, Stats]] = {
     "dinov2": ("DINOv2", IMAGENET), "dinov2_with_registers": ("DINOv2", IMAGENET), "dinov3_vit": ("DINOv3", IMAGENET),
     "siglip": ("SigLIP", HALF), "siglip_vision_model": ("SigLIP", HALF), "beit": ("BEiT", HALF),
 }  # fmt: skip
-"""by `model_type`, the mean and deviation of all published weights, whose class of processor may have others"""
+"""by `model_type`, whose published weights have which mean and deviation; their class of processor may have others"""
 
 
 def of_transformers(processor: Config | None, kind: str, network: object = None) -> Prepared:
@@ -142,17 +149,16 @@ def of_transformers(processor: Config | None, kind: str, network: object = None)
     said, remarks = {**ALL, **PROCESSORS.get(name, {}), **given}, list[str]()
     stats = _stats(said, ("image_mean", "image_std"), len(IMAGENET_MEAN), remarks)
     cut = _cut(said, own, remarks)
-    return _prepared(_scaled(stats, said, remarks), cut, _resample(said.get("resample"), remarks), remarks)
+    return _prepared(_scaled(stats, said, remarks), cut, _resample(said["resample"], remarks), remarks)
 
 
-def _of_kind(kind: str, reason: str) -> Prepared:
+def _of_kind(kind: str, own: Sides, reason: str) -> Prepared:
     """Where no file says anything."""
     if kind not in PUBLISHED:
         return Prepared(None, (reason,))
     name, (mean, std) = PUBLISHED[kind]
-    return Prepared(
-        Preprocess(mean=mean, std=std), (f"{reason}; mean and std are those of {name}'s published weights",)
-    )
+    remarks = (reason, f"mean and std are those of {name}'s published weights")
+    return Prepared(Preprocess(img_size=own, mean=mean, std=std), remarks)
 
 
 def _type(processor: Config) -> str:
@@ -161,24 +167,29 @@ def _type(processor: Config) -> str:
 
 
 def _cut(said: Config, network: Sides, remarks: list[str]) -> Cut:
-    """From `size`, `crop_size` and `crop_pct` to what `Preprocess` knows; the network's own size where none is said."""
+    """From `size` and `crop_size` to what `Preprocess` knows; the network's own size where none is said."""
     size, edge = _pair(said.get("size"), said["square"]), _edge(said.get("size"), said["square"])
     middle = _pair(said.get("crop_size")) if said.get("do_center_crop") else None
-    own = middle or size or ((edge, edge) if edge else network)
     if not said["do_resize"]:
         remarks.append("do_resize=False: here the short side is resized and the centre cut out")
-        return Cut(own)
-    if size is None and edge is None:
-        remarks.append(f"size={shortened(said.get('size'))}: here the network's own size is taken")
-        return Cut(own)
-    if "crop_pct" in said and edge is not None:
-        return Cut(own, _share(said["crop_pct"], remarks)) if edge < WARPED else Cut(own, crop_mode="squash")
+        return Cut(middle or size or network)
+    if edge is not None:
+        return _of_short_side(edge, middle, said, remarks)
+    if size is None:
+        remarks.append(f"size={shortened(said.get('size'))}: here the short side is resized and the centre cut out")
+        return Cut(middle or network)
+    return Cut(middle or size, _share_of(middle, size, said, remarks) if middle else 1.0, "squash")
+
+
+def _of_short_side(edge: int, middle: Sides | None, said: Config, remarks: list[str]) -> Cut:
+    """ConvNeXt says a share, and others the part that is cut out."""
+    square = (edge, edge)
+    if "crop_pct" in said:
+        return Cut(square, _share(said["crop_pct"], remarks)) if edge < WARPED else Cut(square, crop_mode="squash")
     if middle is None:
-        if edge is not None:
-            remarks.append(f"size={shortened(said['size'])} without a cut: here the centre is cut out")
-        return Cut(own, crop_mode="center" if edge is not None else "squash")
-    large, mode = (size, "squash") if size is not None else ((edge, edge), "center")
-    return Cut(own, _share_of(middle, large, said, remarks), mode)
+        remarks.append(f"size={shortened(said['size'])} without a cut: here the centre is cut out")
+        return Cut(square)
+    return Cut(middle, _share_of(middle, square, said, remarks))
 
 
 def _share_of(middle: Sides, large: Sides, said: Config, remarks: list[str]) -> float:
@@ -201,7 +212,7 @@ def _edge(size: object, square: bool) -> int | None:
 def _scaled(stats: Stats | None, said: Config, remarks: list[str]) -> Stats | None:
     """Mean and deviation of pixels in [0, 1], where they are of pixels by another factor, or there are none."""
     factor = said["rescale_factor"] if said["do_rescale"] else 1
-    if not _is_finite(factor) or factor <= 0:
+    if not _is_finite(factor) or factor < TINY:
         remarks.append(f"rescale_factor={shortened(factor)}: here pixels are divided by 255")
         factor = 1 / 255
     if stats is None:
@@ -222,21 +233,30 @@ def _resample(number: object, remarks: list[str]) -> Filter:
 
 def _stats(said: Config, names: tuple[str, str], channels: int, remarks: list[str]) -> Stats | None:
     """Mean and deviation, a number a channel each; one number is all channels'."""
-    lists = [said.get(name) if isinstance(said.get(name), list) else [said.get(name)] for name in names]
-    channels = max(channels if len(values) == 1 else len(values) for values in lists)
-    mean, std = (tuple(values * channels if len(values) == 1 else values) for values in lists)
+    mean, std = (_numbers(said.get(name)) for name in names)
+    channels = max(channels if len(values) == 1 else len(values) for values in (mean, std))
+    mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
     if all(map(_is_finite, (*mean, *std))) and len(mean) == len(std) and min(std, default=0) > 0:
         return mean, std
     words = " and ".join(f"{name}={shortened(said.get(name))}" for name in names)
-    remarks.append(f"{words} are no mean and deviation: the network's own are taken")
+    remarks.append(f"{words} are no mean and deviation: here the network's own are taken")
     return None
 
 
+def _numbers(said: Any) -> tuple[Any, ...]:
+    return tuple(said) if isinstance(said, list) else (said,)
+
+
 def _filter(field: str, name: object, remarks: list[str]) -> Filter:
-    if name in get_args(Filter):
-        return name
-    remarks.append(f"{field}={shortened(name)}: here pictures are resized by bicubic")
-    return "bicubic"
+    found = _like(Filter, name)
+    if found is None:
+        remarks.append(f"{field}={shortened(name)}: here pictures are resized by bicubic")
+    return found or "bicubic"
+
+
+def _like(words: Any, said: object) -> Any:
+    """That of a `Literal`'s words which is said; None for what is none of them."""
+    return next((word for word in get_args(words) if word == said), None)
 
 
 def _prepared(stats: Stats | None, cut: Cut, interpolation: Filter, remarks: list[str]) -> Prepared:
