@@ -74,7 +74,7 @@ SAID: dict[str, dict[str, Any]] = {
     "clip of old": {
         "feature_extractor_type": "CLIPFeatureExtractor", "size": 72, "crop_size": 64, "do_center_crop": True, **STATS,
     },
-    "dinov2": VIT | {"image_processor_type": "BitImageProcessorFast", "size": {"shortest_edge": 72}, **MIDDLE},
+    "dinov2": VIT | {"image_processor_type": "BitImageProcessorFast", "size": {"shortest_edge": 93}, **MIDDLE},
     "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": SHORT, "crop_pct": 0.8, **STATS},
     "convnext of old": {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 64, **STATS},
     "convnext, large": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, **STATS},

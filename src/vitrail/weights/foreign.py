@@ -25,7 +25,7 @@ from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, Unreachable, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
-from vitrail.weights.layouts import favoured, left_out, ours
+from vitrail.weights.layouts import favoured, left_out, ours, shown
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.said import Base, base_of, check_plausible, said_network
@@ -141,6 +141,7 @@ def read_file(path: Path, part: str | None = None) -> File:
     spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
     around, where = (checkpoint.wrappers, checkpoint.passed, checkpoint.untaken), str(checkpoint.path)
     said = said_network(where, beside.transformers, tensors) if source.startswith("transformers") else None
+    beside = replace(beside, fields={**shown(checkpoint.tensors), **beside.fields})
     return File(where, tensors, source, renamed, beside, said, tables, spare, row, *around)
 
 
