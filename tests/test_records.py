@@ -166,6 +166,7 @@ def test_drawing_leaves_the_picture_and_writes_below_it() -> None:
     (dict(img_size=(32, 64)), (480, 640), (320, 640)),
     (dict(crop_pct=0.875), (256, 512), (224, 224)),
     (dict(crop_mode="squash"), (5, 3000), (5, 3000)),
+    (dict(crop_mode="squash", crop_pct=0.875), (512, 64), (448, 56)),
 ])  # fmt: skip
 def test_what_the_cut_leaves_of_a_picture(fields: dict[str, Any], size: tuple[int, int], seen: tuple[int, int]) -> None:
     assert Preprocess(**fields).seen(size) == seen

@@ -141,10 +141,12 @@ def explain(
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
 ) -> None:
     """Draw where a model looked."""
+    from vitrail.predict import Predictor
     from vitrail.visualize import AttentionVisualizer
 
     paths, place = _expand(images), _place(out)
-    visualizer = AttentionVisualizer(_predictor(model, device, sys.stdout))
+    named = Predictor.from_pretrained(model, device) if model else _predictor(model, device, sys.stdout)
+    visualizer = AttentionVisualizer(named)
     for image, name in zip(paths, _names(paths), strict=True):
         for path in visualizer.save(image, place, name=name, method=method, layers=layers, heads=heads):
             print(printable(str(path)), flush=True)
@@ -197,7 +199,7 @@ def _published(pattern: str) -> Table:
 
 
 def inspect(
-    file: Annotated[str, "a file of weights, or a folder of one"],
+    file: Annotated[str, "a file of weights, a folder of one, or a shipped model's name"],
     /,
     *,
     model: Annotated[str, "a network to hold it against, such as vit_base_patch16_224"] = "",
@@ -205,8 +207,10 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: whose names it has, which network it is for, what would not fit another."""
     from vitrail.weights.doctor import inspect as lines
+    from vitrail.weights.load import SHIPPED as models_here
 
-    for line in lines(file, model or None, part or None):
+    path = models_here[file].folder if file in models_here else file
+    for line in lines(path, model or None, part or None):
         print(printable(line))
 
 

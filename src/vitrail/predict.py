@@ -176,4 +176,7 @@ def _check_count(name: str, count: Any) -> None:
 def _check_head(model: nn.Module) -> None:
     """Without one, features would be taken for logits."""
     if isinstance(model, Backbone) and model.num_classes < 1:
-        raise ValueError("a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes)")
+        raise ValueError(
+            "a classifier needs num_classes of at least 1; got 0: call reset_classifier(num_classes) and train it; "
+            "`vitrail explain` and AttentionVisualizer look into a network without a head too"
+        )

@@ -59,8 +59,8 @@ class Batch(TypedDict, total=False):
 class Preprocess:
     """How a picture becomes the tensor that a model was trained on. Travels with the weights.
 
-    The picture's short side is resized to `img_size / crop_pct` and the centre is cut out ("center"),
-    or the whole picture is resized to `img_size`, aspect ratio given up ("squash").
+    The picture's short side is resized to `img_size / crop_pct` ("center"), or the whole picture is, aspect ratio given
+    up ("squash"); then the centre is cut out.
     Values are scaled to [0, 1], then `(x - mean) / std` per channel.
     """
 
@@ -96,13 +96,18 @@ class Preprocess:
     def in_chans(self) -> int:
         return len(self.mean)
 
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Height and width in pixels of the resized picture, before the cut; if "center", that its sides reach."""
+        height, width = self.img_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
     def seen(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width, in pixels of a picture of `size`, of the part that is cut out of its centre."""
-        if self.crop_mode == "squash":
-            return size
-        pairs = list(zip(size, self.img_size, strict=True))
-        scale = max(math.floor(side / self.crop_pct) / own for own, side in pairs)
-        height, width = (min(own, max(1, round(side / scale))) for own, side in pairs)
+        scales = [large / own for own, large in zip(size, self.resized, strict=True)]
+        scales = scales if self.crop_mode == "squash" else [max(scales)] * 2
+        sides = zip(size, self.img_size, scales, strict=True)
+        height, width = (min(own, max(1, round(side / scale))) for own, side, scale in sides)
         return height, width
 
     def _stats(self, like: Tensor) -> tuple[Tensor, Tensor]:

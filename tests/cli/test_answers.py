@@ -13,6 +13,7 @@ from PIL import Image
 
 from vitrail import commands
 from vitrail.images import open_image
+from vitrail.models.registry import build_model
 from vitrail.predict import ViTClassifier
 
 Said = Callable[..., tuple[str, str]]
@@ -211,3 +212,26 @@ def test_pictures_of_like_names_are_kept_apart(run: Path, photos: Path, tmp_path
     assert [path.name for path in drawn(out)] == ["cat_bmp_rollout.png", "cat_png_rollout.png", "dog_rollout.png"]
     out, _ = said("explain", *folders[1:], "--model", run, "--out", tmp_path)
     assert [path.name for path in drawn(out)] == ["bright_0_png_rollout.png", "dark_0_png_rollout.png"]
+
+
+# ---- networks without a head, and what inspect is given
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    return build_model("vit_debug", num_classes=0).save_pretrained(tmp_path / "encoder")
+
+
+def test_an_encoder_is_looked_into_and_gives_no_answers(encoder: Path, photos: Path, tmp_path: Path, said: Said):
+    image = next(photos.rglob("*.png"))
+    out, _ = said("explain", image, "--model", encoder, "--out", tmp_path / "out", "--device", "cpu")
+    assert Path(out.strip()).is_file()
+    _, err = said("predict", image, "--model", encoder, "--device", "cpu", code=2)
+    assert "got 0: call reset_classifier(num_classes) and train it; `vitrail explain` and AttentionVisualizer" in err
+
+
+def test_inspect_takes_names_and_folders_of_checkpoints(run: Path, said: Said):
+    out, _ = said("inspect", "bloodcells")
+    assert "network: vit_nano_patch8_64" in out and "classes: 3" in out
+    out, _ = said("inspect", run / "checkpoints")
+    assert out.startswith(f"{run / 'checkpoints' / 'last.ckpt'}: torch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,15 @@ def test_squash_keeps_the_whole_picture():
     image = picture(40, 90)
     squash = Preprocess(img_size=(32, 48), crop_mode="squash")
     assert torch.equal(eval_transform(squash)(image), resize(image, (32, 48)))
+
+
+@pytest.mark.parametrize("large", range(33, 44))
+def test_a_squashed_picture_may_be_cut_too(large):
+    """As timm's, and transformers' DeiT."""
+    image = picture(40, 90)
+    squash = Preprocess(img_size=(32, 32), crop_mode="squash", crop_pct=math.nextafter(32 / large, 0))
+    theirs = v2.Compose([v2.Resize((large, large), InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(32)])
+    assert torch.equal(eval_transform(squash)(image), theirs(image))
 
 
 @pytest.mark.fault(26)

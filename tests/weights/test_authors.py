@@ -24,7 +24,7 @@ from vitrail.weights import doctor
 from vitrail.weights.doctor import fitting_rows, inspect
 from vitrail.weights.foreign import File, read_file, row_of
 from vitrail.weights.load import load_weights
-from vitrail.weights.read import Checkpoint, read_checkpoint
+from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.sidecar import Sidecar
 from vitrail.weights.sources import SOURCES
 
@@ -330,7 +330,8 @@ def test_openais_archives_are_of_the_rows_with_their_activation(row: str, monkey
         with torch.device("meta"):
             held = Checkpoint(Path("ViT.pt"), "torchscript", theirs(build_model(quick)))
         monkeypatch.setattr(doctor, "read_checkpoint", lambda *_, held=held: held)
-        assert any(line.startswith(f"network: {expected},") for line in inspect("ViT.pt"))
+        told = next(line for line in inspect("ViT.pt") if line.startswith("network"))
+        assert told.startswith(f"network: {expected},") and (plain in told) == (expected == plain)
 
 
 def test_a_file_says_which_row_it_favours(tmp_path: Path):
@@ -338,6 +339,16 @@ def test_a_file_says_which_row_it_favours(tmp_path: Path):
     for theirs, favoured in ((clip, ""), (clip_with_sizes, "quickgelu")):
         torch.save(theirs(model), tmp_path / "clip.pth")
         assert read_file(tmp_path / "clip.pth").favoured == favoured
+
+
+@torch.no_grad()
+def test_openais_archive_is_of_no_network_with_another_activation(tmp_path: Path):
+    model = build_model("vit_debug", **TINY_CLIP)
+    torch.save(clip_with_sizes(model), tmp_path / "clip.pth")
+    with pytest.raises(CheckpointError, match="this one has act='gelu', not 'quick_gelu': build it so, or use create_"):
+        load_weights(build_model("vit_debug", **TINY_CLIP | {"act": "gelu"}), tmp_path / "clip.pth")
+    assert load_weights(build_model("vit_debug", **TINY_CLIP), tmp_path / "clip.pth").taken
+    assert read_file(tmp_path / "clip.pth").beside.fields == {"act": "quick_gelu"}
 
 
 def test_openais_four_files_are_known_by_name_with_their_sums():

@@ -1,8 +1,8 @@
 """Six hundred damaged checkpoints: each one clear error, and nothing half-loaded.
 
 Every group is a function that yields (what was done, the path to load). The hostile ones are in `test_hostile.py`, and
-what would fill the memory is in `test_bombs.py`. A flipped bit in weights without a manifest is in no group: it cannot
-be seen.
+what would fill the memory is in `test_bombs.py`. A flipped bit in safetensors without a manifest is in no group: it
+cannot be seen.
 """
 
 from __future__ import annotations

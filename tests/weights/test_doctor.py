@@ -15,7 +15,7 @@ from vitrail.cli import main
 from vitrail.models.registry import build_model
 from vitrail.weights.doctor import MOST_LINES, fitting_rows, inspect, likeness
 from vitrail.weights.keymaps.vit import TORCHVISION, TRANSFORMERS
-from vitrail.weights.load import create_model
+from vitrail.weights.load import create_model, load_weights
 from vitrail.weights.read import CheckpointError
 
 
@@ -101,7 +101,7 @@ def test_another_network_is_told_what_is_missing_and_which_it_would_be(file: Pat
 def test_a_head_that_alone_does_not_fit_is_told(file: Path):
     told = inspect(file, build_model("vit_tiny_patch4_32", num_classes=3))
     assert "wrong shape (2): head.weight (10, 192) for (3, 192), head.bias (10,) for (3,)" in told
-    assert told[-1].startswith("its head alone does not fit: create_model with num_classes, or new_head=True")
+    assert told[-1].startswith("its head alone does not fit: load_weights(model, path, new_head=True) leaves")
 
 
 def test_what_can_be_resized_is_no_fault_beside_a_head_or_a_block_that_does_not_fit(file: Path):
@@ -178,3 +178,12 @@ def test_the_command_prints_it(file: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.splitlines() == inspect(file, "vit_tiny_patch4_32")
     assert main(["inspect", str(file.parent / "absent.pth")]) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_numbers_of_eight_bits_are_told_and_not_loaded(tmp_path: Path):
+    """torch adds up none of them."""
+    state = {name: value.to(torch.float8_e4m3fn) for name, value in build_model("vit_debug").state_dict().items()}
+    torch.save(state, tmp_path / "m.pth")
+    assert "float8_e4m3fn" in inspect(tmp_path / "m.pth")[0]
+    with pytest.raises(CheckpointError, match="wrong type: cls_token torch.float8_e4m3fn"):
+        load_weights(build_model("vit_debug"), tmp_path / "m.pth")

@@ -17,7 +17,8 @@ from vitrail.predict import ViTClassifier
 from vitrail.records import Preprocess
 from vitrail.research.peers import randomise
 from vitrail.weights.convert import convert
-from vitrail.weights.load import create_model, load_model
+from vitrail.weights.load import create_model, load_model, load_weights
+from vitrail.weights.read import CheckpointError
 
 NAMES = ("cat", "dog", "owl")
 SEEN = Preprocess(img_size=(32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_mode="squash")
@@ -66,6 +67,21 @@ def test_the_command_answers_from_a_folder_of_transformers(model: Backbone, tmp_
     folder = convert(model, tmp_path / "out", "transformers")
     assert main(["predict", str(PICTURE), "--model", str(folder), "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top"][0][0] in NAMES
+
+
+def test_a_head_of_another_kind_is_refused_and_both_ways_out_work(tmp_path: Path):
+    """transformers' DINOv2 classifies by the class token and the mean of the others, twice as wide as a head here."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, num_labels=5
+    )
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"load_weights\(.*, new_head=True\) leaves .* num_classes=0\) makes one"):
+        load_model(tmp_path)
+    bare = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0)
+    assert bare.num_classes == 0
+    bare.reset_classifier(5)
+    assert load_weights(bare, tmp_path, new_head=True).left == ["head.weight", "head.bias"]
 
 
 def test_what_is_taken_for_want_of_a_word_about_images_is_told(model: Backbone, tmp_path: Path, caplog):

@@ -337,7 +337,8 @@ def test_a_folder_of_a_run_holds_its_model_and_before_that_where_it_stands(shop:
     for folder in ("runs", "runs/checkpoints", "runs/model"):
         (shop.place / folder).mkdir()
     shop.torch({"state_dict": prefixed(state, "task.backbone.")}, "runs/checkpoints/last.ckpt")
-    assert read_checkpoint(shop.place / "runs").path.name == "last.ckpt"
+    for place in ("runs", "runs/checkpoints"):
+        assert read_checkpoint(shop.place / place).path.name == "last.ckpt"
     shop.safetensors(state, "runs/model/model.safetensors")
     assert read_checkpoint(shop.place / "runs").path == shop.place / "runs" / "model" / "model.safetensors"
 
@@ -348,6 +349,19 @@ def test_a_file_is_known_by_its_first_bytes_not_its_ending(shop: Any):
     for write, kind in kinds.items():
         path = getattr(shop, write)(state).rename(shop.place / "weights.npz.bin")
         assert kind_of(path) == kind == read_checkpoint(str(path)).kind
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("write", ["torch", "torchscript"])
+def test_one_flipped_byte_of_an_archive_is_seen(write: str, shop: Any):
+    """By the sums that an archive has of its parts, which torch does not look at."""
+    state = shop.state()
+    path = getattr(shop, write)(state)
+    whole, weights = bytearray(path.read_bytes()), state["head.weight"].numpy().tobytes()
+    whole[whole.index(weights) + 5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"damaged, not readable as a checkpoint \(.*Bad CRC-32 for file"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("write", ["torch", "legacy", "safetensors"])

@@ -51,34 +51,16 @@ def test_transformers(tmp_path: Path):
     assert p is not None and p.img_size == (224, 192) and p.mean == (0.1, 0.2, 0.3) and p.std == (0.4, 0.5, 0.6)
     assert (p.interpolation, p.crop_pct, p.crop_mode) == ("bilinear", 1.0, "squash")
     assert found.classes == ("cat", "dog") and found.architecture == "vit" and found.transformers == CONFIG
-    assert beside(tmp_path, CONFIG, PROCESSOR | {"size": 224}).preprocess == p.replace(img_size=(224, 224))
+    assert found.remarks == ()
 
 
-def test_a_short_side_and_a_cut_are_a_centre(tmp_path: Path):
-    cut = {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
-    p = beside(tmp_path, CONFIG, PROCESSOR | cut).preprocess
-    assert p is not None and (p.img_size, p.crop_pct, p.crop_mode) == ((224, 224), 0.875, "center")
-
-
-@pytest.mark.parametrize("change", [
-    {"do_center_crop": True, "size": 256, "crop_size": 224},  # an old word: pressed or cut, which, is not said
-    {"do_center_crop": True, "size": {"shortest_edge": 200}, "crop_size": 224},
-    {"do_center_crop": True, "size": {"shortest_edge": 0}, "crop_size": 0},
-    {"size": {"shortest_edge": 224}}, {"size": None}, {"size": "224"}, {"size": [224, 224]}, {"size": True},
-    {"size": {"height": -1, "width": 2}}, {"size": {"height": [1], "width": 2}},
-    {"do_normalize": False}, {"do_rescale": False}, {"do_resize": False}, {"rescale_factor": 1 / 127.5},
-    {"rescale_factor": "1/255"}, {"image_mean": None}, {"image_mean": 3}, {"image_mean": ["a", "b", "c"]},
-    {"image_std": [0, 0, 0]}, {"image_std": [1.0]},
-])  # fmt: skip
-def test_what_is_prepared_otherwise_is_left_unknown(change: dict[str, Any], tmp_path: Path):
-    assert beside(tmp_path, CONFIG, PROCESSOR).preprocess is not None
-    assert beside(tmp_path, CONFIG, PROCESSOR | change).preprocess is None
-
-
-@pytest.mark.parametrize("resample", [None, [2], {"a": 1}, 99, "2.0"])
-def test_a_strange_filter_is_the_usual_one(resample: Any, tmp_path: Path):
-    p = beside(tmp_path, CONFIG, PROCESSOR | {"resample": resample}).preprocess
-    assert p is not None and p.interpolation == "bicubic"
+def test_a_processor_that_is_damaged_is_not_one_that_is_not_there(tmp_path: Path):
+    assert beside(tmp_path, CONFIG).remarks == ("nothing there says how images are prepared",)
+    for text in ("", "{", "[1]", "3"):
+        assert beside(tmp_path, CONFIG, text).remarks == ("preprocessor_config.json is damaged",)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert read_sidecar(tmp_path).remarks == ()  # a file of weights alone
 
 
 STRANGE = [
@@ -91,7 +73,7 @@ STRANGE = [
     '{"family": "clip"}',
     '{"architecture": "x", "pretrained_cfg": {"input_size": [3, "a", 4], "mean": {}, "std": "abc"}}',
     '{"architecture": "x", "pretrained_cfg": {"input_size": [3, 1e999, 4], "mean": [NaN], "std": [NaN]}}',
-    '{"architecture": "x", "pretrained_cfg": {"input_size": [3, 99999, 4], "mean": [0], "std": [1]}}',
+    '{"architecture": "x", "pretrained_cfg": {"input_size": [99999, 4, 4], "mean": [[]], "std": [1]}}',
 ]  # fmt: skip
 
 

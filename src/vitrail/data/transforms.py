@@ -39,7 +39,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """The cut of `Preprocess`: short side resized and centre cut out, or the whole picture squashed.
+    """The cut of `Preprocess`: short side resized or the whole picture squashed, and the centre cut out.
 
     A Pillow picture, or uint8 (…, C, H, W), to uint8 (…, C, h, w) with h, w = `preprocess.img_size`.
     """
@@ -49,21 +49,21 @@ class Fit:
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         pixels = to_tensor(image) if isinstance(image, Image.Image) else image
-        target = self.preprocess.img_size
-        if pixels.shape[-2:] == target and self.preprocess.crop_pct == 1:
+        target, size = self.preprocess.img_size, self.preprocess.resized
+        if pixels.shape[-2:] == target == size:
             return pixels
-        if self.preprocess.crop_mode == "squash":
-            return resize(pixels, target, self.preprocess.interpolation)
-        pixels = _without_ends(pixels, target, self.preprocess.crop_pct)
-        large = resize(pixels, _covering(pixels, target, self.preprocess.crop_pct), self.preprocess.interpolation)
+        if self.preprocess.crop_mode == "center":
+            pixels = _without_ends(pixels, target, size)
+            size = _covering(pixels, size)
+        large = resize(pixels, size, self.preprocess.interpolation)
         # the offset is torchvision's: a half is rounded to even
         top, left = (round((large.shape[dim] - side) / 2) for dim, side in zip((-2, -1), target, strict=True))
         return large[..., top : top + target[0], left : left + target[1]]
 
 
-def _without_ends(pixels: Tensor, target: tuple[int, int], crop_pct: float) -> Tensor:
+def _without_ends(pixels: Tensor, target: tuple[int, int], least: tuple[int, int]) -> Tensor:
     """The middle of a strip, of which the cut takes little: enlarged whole, one pixel by thousands fills the memory."""
-    large = _covering(pixels, target, crop_pct)
+    large = _covering(pixels, least)
     for dim, side, size in zip((-2, -1), target, large, strict=True):
         length = pixels.shape[dim]
         part = math.ceil(side * length / size) + 2 * math.ceil(REACH * max(1, length / size))
@@ -72,11 +72,11 @@ def _without_ends(pixels: Tensor, target: tuple[int, int], crop_pct: float) -> T
     return pixels
 
 
-def _covering(pixels: Tensor, target: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """The size, aspect ratio kept, at which the picture just covers `target / crop_pct`."""
+def _covering(pixels: Tensor, least: tuple[int, int]) -> tuple[int, int]:
+    """The size, aspect ratio kept, at which the picture just covers `least`."""
     height, width = pixels.shape[-2:]
-    scale = max(math.floor(side / crop_pct) / own for side, own in zip(target, (height, width), strict=True))
-    return max(target[0], int(height * scale + 1e-6)), max(target[1], int(width * scale + 1e-6))
+    scale = max(side / own for side, own in zip(least, (height, width), strict=True))
+    return max(least[0], int(height * scale + 1e-6)), max(least[1], int(width * scale + 1e-6))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ library does not have cannot be written for it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from vitrail.models.registry import FAMILIES
 from vitrail.models.swin import SwinConfig
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
-from vitrail.weights.sidecar import PROCESSOR, RESAMPLING
+from vitrail.weights.preprocessing import PROCESSOR, RESAMPLING
 from vitrail.weights.sources import SOURCES
 from vitrail.weights.timm_configs import ARGS, NAMES, SAME, to_timm, uneven_stage
 from vitrail.weights.transformers_configs import CONFIGS, Unsaid
@@ -188,23 +187,21 @@ def _known(model: Backbone, library: str) -> Preprocess:
 
 
 def _crop(p: Preprocess) -> dict[str, Any]:
-    """transformers' words for the size: a picture pressed into it, or one cut out of a picture of a whole short side.
+    """transformers' words for the size: a picture pressed into it, or its short side resized; and what is cut out.
 
     Raises `Unsaid` where the words would not make the same pixels.
     """
     height, width = p.img_size
-    size = {"height": height, "width": width}
+    middle = {"height": height, "width": width}
     if p.crop_mode == "squash":
-        if p.crop_pct != 1:
-            raise Unsaid(f"transformers knows no crop_pct={p.crop_pct} of a squashed picture", "set crop_pct=1.0")
-        return {"size": size, "do_center_crop": False}
+        size = dict(zip(middle, p.resized, strict=True))
+        return {"size": size} | ({"do_center_crop": True, "crop_size": middle} if size != middle else {})
     if height != width:
         raise Unsaid(
             f"transformers cuts out of a short side, which is not how {height} x {width} is cut out here",
             "set crop_mode='squash' of model.preprocess",
         )
-    edge = math.floor(height / p.crop_pct)  # as `Preprocess` resizes: the same pixels, whatever share they are
-    return {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": size}
+    return {"size": {"shortest_edge": p.resized[0]}, "do_center_crop": True, "crop_size": middle}
 
 
 OTHERS: dict[str, Callable[[Backbone], tuple[FILES, dict[str, Tensor]]]] = {

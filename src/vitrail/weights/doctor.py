@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.models.backbone import Backbone
 from vitrail.models.config import flat
 from vitrail.models.registry import FAMILIES, ROWS, build_model
-from vitrail.weights.fit import Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
+from vitrail.weights.fit import LEAVE_HEAD, Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
 from vitrail.weights.said import said_network
@@ -44,7 +44,7 @@ class Likeness(NamedTuple):
 def likeness(tensors: Mapping[str, Tensor], favoured: str = "") -> list[Likeness]:
     """Rows of the registry by how near they are to tensors with our names, the nearest first.
 
-    Of equally near ones those come first that have `favoured` in their names.
+    Of equally near ones those count alone that have `favoured` in their names, if any has.
     """
     shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
     widths = {shape[0] for shape in shapes.values() if len(shape) == 1}
@@ -53,7 +53,9 @@ def likeness(tensors: Mapping[str, Tensor], favoured: str = "") -> list[Likeness
         for row, config in FAMILIES[family].variants.items():
             if _width(config) in widths:
                 found.append(_like(row, shapes))
-    return sorted(found, key=lambda like: (-like.share, not like.exact, favoured not in like.row))
+    meant = {like.share for like in found if favoured in like.row}
+    left = [like for like in found if favoured in like.row or like.share not in meant]
+    return sorted(left, key=lambda like: (-like.share, not like.exact))
 
 
 def _width(config: Any) -> int:
@@ -221,7 +223,7 @@ def _about_fit(model: Backbone, checkpoint: Checkpoint, tensors: dict[str, Tenso
         told = [f"against {name}: does not fit; {renamed}{_equal(model, tensors)} tensors as they are"]
         told += [f"{kind} ({len(names)}): {first(names, 4)}" for kind, names in found.items()]
         if _fits_but_for_head(model, tensors):
-            told.append("its head alone does not fit: create_model with num_classes, or new_head=True, leaves it out")
+            told.append(f"its head alone does not fit: {LEAVE_HEAD}")
         return told + ([f"it fits {near[0].row}"] if near and near[0].share == 1 and near[0].row != name else [])
     told = [f"against {name}: fits; {renamed}{len(report.resized)} resized, {len(made)} in all"]
     return told + [f"resized: {line}" for line in report.resized[:6]]

@@ -25,9 +25,9 @@ from typing import IO
 from vitrail.files import whole_file, write_whole
 from vitrail.folder import CONFIG
 from vitrail.names import printable, shortened
+from vitrail.weights.preprocessing import PROCESSOR
 from vitrail.weights.read import CheckpointError
 from vitrail.weights.shards import parts_of
-from vitrail.weights.sidecar import PROCESSOR
 
 CACHE = "VITRAIL_CACHE"
 """names the folder of downloads in the environment; else ~/.cache/vitrail"""

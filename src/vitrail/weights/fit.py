@@ -32,6 +32,11 @@ RGB = ("red", "green", "blue")
 Rest = Literal["mean", "zero", "random"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """types that weights may be stored in"""
+LEAVE_HEAD = (
+    "load_weights(model, path, new_head=True) leaves a network its own head, create_model('local-dir:path', "
+    "pretrained=True, num_classes=0) makes one without"
+)
+"""what to do where the head alone does not fit"""
 MOST_TOLD = 100
 """characters of one name and its shapes in a message"""
 MOST_PIXELS = 256
@@ -129,7 +134,7 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
     A sum shows it without memory of its own; a sum that alone is too large is looked at again.
     """
-    suspect = (name for name, value in weights.items() if value.is_floating_point() and not value.sum().isfinite())
+    suspect = (name for name, value in weights.items() if value.dtype in FLOATS and not value.sum().isfinite())
     bad = [name for name in suspect if not weights[name].isfinite().all()]
     return [f"NaN or infinite numbers in {len(bad)} of {len(weights)} tensors, first in {first(bad, 1)}"] if bad else []
 
@@ -161,7 +166,7 @@ def check_fit(
         return
     found = "; ".join(f"{kind}: {first(names)}" for kind, names in faults.items())
     only_head = all(_is_of(heads, name) for names in faults.values() for name in names)
-    mend = ": new_head=True leaves the network its own head" if only_head else ""
+    mend = f": {LEAVE_HEAD}" if only_head else ""
     raise CheckpointError(f"{where}: weights must fit the network exactly; {found}{mend}")
 
 

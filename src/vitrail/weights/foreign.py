@@ -6,6 +6,7 @@ local-dir:path, hf-hub:org/name ── fetched ──> a file ── read_file �
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from vitrail.records import Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, Unreachable, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
-from vitrail.weights.layouts import favoured, left_out, ours
+from vitrail.weights.layouts import favoured, left_out, ours, shown
 from vitrail.weights.own import banded_preprocess, load_folder, saved_tables
 from vitrail.weights.read import FOLDER_FILES, CheckpointError, read_checkpoint
 from vitrail.weights.said import Base, base_of, check_plausible, said_network
@@ -33,6 +34,7 @@ from vitrail.weights.sidecar import Sidecar, read_sidecar
 from vitrail.weights.sources import HUB, Source
 from vitrail.weights.timm_configs import strange_args, uneven_stage
 
+LOG = logging.getLogger("vitrail")
 LOCAL = "local-dir:"
 RATIOS = {"mlp_ratio", "mlp_ratios"}
 RESIZED = {"patch_size", "window_size", "global_blocks"}
@@ -139,6 +141,7 @@ def read_file(path: Path, part: str | None = None) -> File:
     spare, row = left_out(checkpoint.tensors), favoured(checkpoint.tensors)
     around, where = (checkpoint.wrappers, checkpoint.passed, checkpoint.untaken), str(checkpoint.path)
     said = said_network(where, beside.transformers, tensors) if source.startswith("transformers") else None
+    beside = replace(beside, fields={**shown(checkpoint.tensors), **beside.fields})
     return File(where, tensors, source, renamed, beside, said, tables, spare, row, *around)
 
 
@@ -165,11 +168,25 @@ def put_in(
     model.weights = file.where
     if known is not None and known.in_chans == model.preprocess.in_chans:
         model.preprocess = known.replace(img_size=pair(model.config.img_size))
+    if preprocess is None:
+        _tell_prepared(model, file)
     if not new_head:
         fitting = len(file.beside.classes) == model.num_classes
         model.classes = file.beside.classes if fitting else ()
     model.images = file.beside.card.images if file.beside.card is not None else ""
     return report
+
+
+def _tell_prepared(model: Backbone, file: File) -> None:
+    """Tells the logger `vitrail`, in one line, what is not known of images or taken otherwise than the files say."""
+    if remarks := file.beside.remarks:
+        p = model.preprocess
+        LOG.warning(
+            "%s: %s; taken are img_size %s, mean %s, std %s, crop_mode %s, crop_pct %.4g, %s: set model.preprocess if "
+            "they were others",
+            Path(file.where).parent, "; ".join(remarks),
+            p.img_size, p.mean, p.std, p.crop_mode, p.crop_pct, p.interpolation,
+        )  # fmt: skip
 
 
 def check_said(model: Backbone, file: File, report: Report, pooling: Collection[str] = ()) -> None:
@@ -254,7 +271,7 @@ def model_of_file(
     if is_own(own):
         return load_folder(find_folder(own), overrides, bands, rest)
     file = read_file(path)
-    return filled(base_by(file), file, overrides, file.beside.preprocess, bands, rest)
+    return filled(base_by(file), file, overrides, bands=bands, rest=rest)
 
 
 def base_by(file: File, row: str = "") -> Base:

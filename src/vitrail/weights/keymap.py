@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class KeyMap:
     """what this package has no use for, in words -> patterns of their names"""
     favours: str = ""
     """part of the name of the row that is meant where several have the shapes: what no shape shows"""
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    """fields of a config that all its networks have, which no shape shows either"""
     after: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     """what names alone cannot say, done to the tensors under our names"""
 

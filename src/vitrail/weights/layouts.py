@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,12 @@ def favoured(tensors: Mapping[str, Tensor]) -> str:
     """Part of the name of the row that is meant where several have the shapes; empty where any is."""
     keymap = layout_of(tensors)
     return "" if keymap is None else keymap.favours
+
+
+def shown(tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Fields of a config that names alone tell of a network."""
+    keymap = layout_of(tensors)
+    return {} if keymap is None else keymap.shown
 
 
 def ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -204,7 +204,7 @@ def load_model(name_or_path: str | Path) -> Backbone:
     if (path := Path(name_or_path)).is_file():
         raise FolderError(f"a model is named by the folder of its run or its own; got the file {path}: {_way_in(path)}")
     if _is_of_others(path):
-        return _of_others(path).eval()
+        return model_of_file(path, {}).eval()
     try:
         folder = find_folder(name_or_path)
     except FolderError as error:
@@ -225,17 +225,6 @@ def _is_of_others(path: Path) -> bool:
     return path.is_dir() and not is_own(path) and bool(read_sidecar(path).architecture)
 
 
-def _of_others(path: Path) -> Backbone:
-    model = model_of_file(path, {})
-    if read_sidecar(path).preprocess is None:
-        p = model.preprocess
-        LOG.warning(
-            "%s: nothing there says how images are prepared; taken are img_size %s, mean %s, std %s: set "
-            "model.preprocess if they were others", path, p.img_size, p.mean, p.std,
-        )  # fmt: skip
-    return model
-
-
 def open_weights(
     source: str, row: str = "", *, bands: Sequence[str] | None = None, rest: Rest = "mean", **overrides: Any
 ) -> Backbone:
@@ -246,7 +235,7 @@ def open_weights(
     path = Path(source)
     if row:
         file, known = (read_file(path), None) if path.exists() else _named(source, None)
-        return filled(base_by(file, row), file, overrides, known or file.beside.preprocess, bands, rest).eval()
+        return filled(base_by(file, row), file, overrides, known, bands, rest).eval()
     if path.exists():
         return model_of_file(path, overrides, bands, rest).eval()
     return create_model(source, pretrained=True, bands=bands, rest=rest, **overrides).eval()

@@ -19,7 +19,7 @@ import pickletools
 import re
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,6 +50,8 @@ HARMLESS = (
 )  # fmt: skip
 """what published training scripts put beside their weights, settings and best accuracies: `Ignored` stands for it"""
 ZIP = b"PK\x03\x04"
+PIECE = 1 << 20
+"""bytes of an archive that are looked at together"""
 MAX_HEADER = 10_000_000
 """bytes of a safetensors header: some hundred a tensor"""
 MAX_PICKLE = 8_000_000
@@ -70,7 +72,7 @@ STANDINS = {
     ),
 }
 """what lies in place of weights, by its first bytes, and what to do"""
-RUN_FILES = ("model/model.safetensors", "checkpoints/last.ckpt")
+RUN_FILES = ("model/model.safetensors", "checkpoints/last.ckpt", "last.ckpt")
 """what a run of this package leaves: its model, or, before it is done, where it stands"""
 
 
@@ -162,7 +164,18 @@ def _kind_of_archive(path: Path) -> str:
     size, promised = path.stat().st_size, sum(member.file_size for member in members)
     if promised > size * (EXPANSION if kind == "npz" else 1):
         raise CheckpointError(f"{path}: {size:,} bytes that would unpack to {promised:,}: fetch it again")
+    if kind != "npz":  # numpy looks at the sums itself, torch does not
+        _check_sums(path, members)
     return kind
+
+
+def _check_sums(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Every member is as it was written. Raises `BadZipFile`."""
+    with zipfile.ZipFile(path) as archive:
+        for member in members:
+            with archive.open(member) as held:
+                while held.read(PIECE):
+                    pass
 
 
 def _kind_of_pytorch(path: Path, names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """What stands beside somebody's weights: how images were prepared for them, what their classes are, which network.
 
     config.json               ours; timm's (`architecture`, `pretrained_cfg`); transformers' (`model_type`, `id2label`)
-    preprocessor_config.json  transformers' (`image_mean`, `image_std`, `size`)
+    preprocessor_config.json  transformers' (`preprocessing` reads it)
 
 Files of others are read with care: whatever is missing or strange is left unknown, never guessed.
 """
@@ -9,22 +9,19 @@ Files of others are read with care: whatever is missing or strange is left unkno
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from vitrail.folder import CONFIG, LIMITS, MANIFEST, MAX_JSON_BYTES, MAX_NAME, MAX_NUMBER, read_card
+from vitrail.folder import CONFIG, MANIFEST, MAX_JSON_BYTES, MAX_NAME, MAX_NUMBER, read_card
 from vitrail.models.config import tuples
 from vitrail.names import is_printable
 from vitrail.records import ModelCard, Preprocess
+from vitrail.weights.preprocessing import PROCESSOR, of_timm, of_transformers
 from vitrail.weights.timm_configs import from_timm
 
-PROCESSOR = "preprocessor_config.json"
 LONGEST_LIST = 100
-RESAMPLING = {"2": "bilinear", "3": "bicubic"}
-"""Pillow's numbers, as transformers writes them"""
 NULLABLE = ("init_values", "ref_feat_shape", "fc_norm")
 """timm's arguments that `null` says something of"""
 
@@ -45,6 +42,8 @@ class Sidecar:
     """of a model folder of this package"""
     transformers: Mapping[str, Any] = field(default_factory=dict)
     """the whole of transformers' config, as it is: `transformers_networks` reads it"""
+    remarks: tuple[str, ...] = ()
+    """how images are prepared otherwise than the files say, or why nothing is known of it"""
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -59,7 +58,8 @@ def read_sidecar(path: Path) -> Sidecar:
         return Sidecar(card.preprocess, card.classes, card.name, card=card)
     if "architecture" in config:
         return _of_timm(config)
-    return _of_transformers(config, _json(folder / PROCESSOR))
+    processor = _json(folder / PROCESSOR)
+    return _of_transformers(config, None if not processor and (folder / PROCESSOR).exists() else processor)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -73,15 +73,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _of_timm(config: Mapping[str, Any]) -> Sidecar:
     said = config.get("pretrained_cfg")
     said = said if isinstance(said, dict) else config
-    size = said.get("input_size")
-    given = {
-        "img_size": tuple(size[1:]) if isinstance(size, list) and len(size) == 3 else None,
-        "mean": said.get("mean"),
-        "std": said.get("std"),
-        "interpolation": said.get("interpolation"),
-        "crop_pct": said.get("crop_pct"),
-        "crop_mode": said.get("crop_mode"),
-    }
+    prepared = of_timm(said)
     names = config.get("label_names", said.get("label_names"))
     args = config.get("model_args")
     args = args if isinstance(args, dict) else {}
@@ -89,7 +81,7 @@ def _of_timm(config: Mapping[str, Any]) -> Sidecar:
     absent = {name: None for name in NULLABLE if args.get(name, "") is None}
     row, fields = from_timm(_name(config["architecture"]), plain | absent)
     unread = tuple(name for name, value in args.items() if value is not None and name not in plain)
-    return Sidecar(_preprocess(given), _classes(names), row, fields, unread)
+    return Sidecar(prepared.preprocess, _classes(names), row, fields, unread, remarks=prepared.remarks)
 
 
 def _is_plain(value: object) -> bool:
@@ -99,61 +91,13 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, bool | str) or (isinstance(value, int | float) and abs(value) <= MAX_NUMBER)
 
 
-def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Sidecar:
-    given = _sizes(processor) | {
-        "mean": processor.get("image_mean"),
-        "std": processor.get("image_std"),
-        "interpolation": RESAMPLING.get(str(processor.get("resample"))),
-    }
-    names = config.get("id2label")
+def _of_transformers(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Sidecar:
+    names, tower = config.get("id2label"), config.get("vision_config")
     ordered = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else None
-    prepared = _preprocess(given) if _scales_as_here(processor) else None
-    return Sidecar(prepared, _classes(ordered), _name(config.get("model_type")), transformers=config)
-
-
-def _sizes(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Without a crop, images are pressed into `size`; with one, their short side becomes that and a centre is cut."""
-    size, crop = processor.get("size"), processor.get("crop_size")
-    if not processor.get("do_center_crop"):
-        return {"img_size": _pair(size), "crop_mode": "squash"}
-    edge, cut = size.get("shortest_edge") if isinstance(size, dict) else None, _pair(crop)
-    if not _is_number(edge) or cut is None:
-        return {}
-    share = min(cut) / edge
-    share = share if math.floor(min(cut) / share) == edge else math.nextafter(share, 0)  # or rounding loses a pixel
-    return {"img_size": cut, "crop_pct": share, "crop_mode": "center"}
-
-
-def _pair(size: object) -> tuple[int, int] | None:
-    height, width = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
-    return (height, width) if _is_number(height) and _is_number(width) else None
-
-
-def _is_number(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _scales_as_here(processor: Mapping[str, Any]) -> bool:
-    """Whether pixels are divided by 255 and normalised, as `Preprocess` does."""
-    factor = processor.get("rescale_factor", 1 / 255)
-    steps = all(processor.get(step, True) is True for step in ("do_resize", "do_rescale", "do_normalize"))
-    return steps and isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-4)
-
-
-def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
-    """None unless size, mean and deviation are known and make sense."""
-    known = {name: value for name, value in given.items() if value is not None}
-    if not {"img_size", "mean", "std"} <= known.keys():
-        return None
-    try:
-        made = Preprocess(**known)
-        numbers = (*made.mean, *made.std, made.crop_pct)
-        right = all(isinstance(n, float | int) and math.isfinite(n) for n in numbers)
-        return (
-            made if right and all(_is_number(side) and side <= LIMITS["img_size"] for side in made.img_size) else None
-        )
-    except (TypeError, ValueError):
-        return None
+    kind, network = _name(config.get("model_type")), tower if isinstance(tower, dict) else config
+    prepared = of_transformers(processor, kind, network.get("image_size"))
+    remarks = prepared.remarks if kind or processor != {} else ()  # a file alone says nothing, and need not
+    return Sidecar(prepared.preprocess, _classes(ordered), kind, transformers=config, remarks=remarks)
 
 
 def _classes(names: object) -> tuple[str, ...]:

@@ -242,6 +242,7 @@ OPENAI_CLIP = KeyMap(
     marks=(*OPEN_CLIP.marks, "input_resolution"),
     drop={**OPEN_CLIP.drop, "sizes": ("input_resolution", "context_length", "vocab_size")},
     favours="quickgelu",
+    shown={"act": "quick_gelu"},
 )
 BEIT_LAYER = "[beit.]encoder.layer.{i}"
 BEIT = KeyMap(
