@@ -324,7 +324,7 @@ def test_openais_archives_are_of_the_rows_with_their_activation(row: str, monkey
     plain, quick = row.format(""), row.format("quickgelu_")
     state = shapes_of(quick)
     assert fitting_rows(state)[:2] == [plain, quick] and fitting_rows(state, "quickgelu")[0] == quick
-    assert row_of(File("", state, "", 0, Sidecar(), {}, {}, "quickgelu")) == quick
+    assert row_of(File("", state, "", 0, Sidecar(), None, {}, favoured="quickgelu")) == quick
     monkeypatch.setattr(doctor, "not_finite", lambda _: [])  # these tensors have shapes, and no numbers
     for theirs, expected in ((clip, plain), (clip_with_sizes, quick)):
         with torch.device("meta"):
