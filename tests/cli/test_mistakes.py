@@ -18,7 +18,7 @@ Said = Callable[..., tuple[str, str]]
     ("train --epoch 3", "vitrail train has no flag --epoch: did you mean --epochs?"),
     ("train --label_smothing 0.1", "did you mean --label-smoothing?"),
     ("train --lr 1e-3 --learning-rate 1e-4", "one spelling of --lr; got --lr and --learning-rate: drop one"),
-    ("train --opt sgd", "vitrail train has no flag --opt: see vitrail train --help"),
+    ("train --zzz sgd", "vitrail train has no flag --zzz: see vitrail train --help"),
     ("train --n-classes 3", "vitrail train takes no --n-classes: the data says it"),
     ("train --hidden_size 192", "takes no --hidden-size: the row that `model` names says it (`vitrail models`)"),
     ("zzz", "models, inspect, convert, parity, transfer, demo; got 'zzz'\n"),

@@ -207,6 +207,10 @@ def test_layer_scale_of_nothing_at_first_is_layer_scale_at_timm_too(tmp_path: Pa
      "PVT has a square img_size; got 64 x 96: write it with --to vitrail$"),
     ("transformers", "swin_debug", {"norm_eps": 1e-6},
      "has 1e-05 in some norms, whatever its layer_norm_eps; this network has norm_eps=1e-06 in all"),
+    ("timm", "vit_debug", {"img_size": 30, "dynamic_pad": True},
+     r"img_size 30 x 30 is padded to patches of 8 x 8 \(dynamic_pad\): write it with --to vitrail$"),
+    ("transformers", "vit_debug", {"img_size": (32, 30), "dynamic_pad": True},
+     r"img_size 32 x 30 is padded to patches of 8 x 8 \(dynamic_pad\): write it with --to vitrail$"),
     ("transformers", "pvt_v2_b0", {},
      r"norm_eps=1e-06 and conv_norm_eps=1e-05: make it by create_model\(…, conv_norm_eps=1e-06\).*, or write it with"),
 ])  # fmt: skip

@@ -227,7 +227,7 @@ def test_arguments_of_timm_that_change_answers_unseen_are_refused(said: str, tmp
 @torch.no_grad()
 @pytest.mark.parametrize(("row", "args"), [
     ("resnet18", dict(output_stride=32, global_pool="avg", zero_init_last=False, drop_block_rate=0.1)),
-    ("vit_tiny_patch16_224", dict(img_size=224, depth=1, dynamic_img_size=True, weight_init="skip", fix_init=True)),
+    ("vit_tiny_patch16_224", dict(img_size=224, depth=1, dynamic_img_size=True, weight_init="jax", fix_init=True)),
     ("swin_tiny_patch4_window7_224",
      dict(embed_dim=8, depths=[2, 2], num_heads=[1, 2], strict_img_size=False, always_partition=False)),
 ])  # fmt: skip

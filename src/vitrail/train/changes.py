@@ -87,7 +87,7 @@ def told(config: TrainConfig, task: Task, loader: Loader) -> dict[str, Any]:
     network = {"family": card.family, **card.config}
     return {
         **settings(config), "network": network, "preprocess": preprocess, "images": remembered(loader),
-        "overridden": [], "trained": decayed(task), "teacher": task.taught_by() or "",
+        "overridden": [], "trained": decayed(task), "teacher": task.taught_by(),
     }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def go_on(
     names = [name.replace("-", "_") for name in override]
     _check_names(names, set(now) - FREE - BESIDE - SETTLED)
     state = read(checkpoint)
-    before, done = settings(TrainConfig()) | state["told"], len(state["history"]["rows"])
+    before, done = settings(TrainConfig()) | {"teacher": None} | state["told"], len(state["history"]["rows"])
     fixed = [_named(change, checkpoint, loader) for change in changes(before, now) if change.name not in FREE]
     _refuse(fixed, list(_stuck(state, fixed, task)), names)
     require(now["epochs"] >= done, "epochs", f"be at least {done}, which are done", now["epochs"])

@@ -18,9 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.folder import CONFIG, WEIGHTS, FolderError, save_tensors, whole_folder
+from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES
 from vitrail.models.swin import SwinConfig
+from vitrail.models.vit import VisionTransformer
 from vitrail.names import check_choice
 from vitrail.records import Preprocess
 from vitrail.weights.preprocessing import PROCESSOR, RESAMPLING
@@ -75,6 +77,7 @@ def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
     if layout == "vitrail":
         return model.save_pretrained(path)
     try:
+        _check_whole(model)
         said, tensors = OTHERS[layout](model)
     except Unsaid as error:
         ways = " or ".join(f"--to {other}" for other in LAYOUTS if other != layout and _can_be(other, model))
@@ -86,11 +89,24 @@ def convert(model: Backbone, folder: str | Path, layout: str) -> Path:
     return path
 
 
+def _check_whole(model: Backbone) -> None:
+    """Raises `Unsaid` where padding makes cells that the positions of other libraries' networks have no place for."""
+    if not isinstance(model, VisionTransformer):
+        return
+    size, patch = pair(model.config.img_size), pair(model.config.patch_size)
+    if any(side % cell for side, cell in zip(size, patch, strict=True)):
+        raise Unsaid(
+            f"others' positions are of whole patches, and img_size {size[0]} x {size[1]} is padded to patches of "
+            f"{patch[0]} x {patch[1]} (dynamic_pad)"
+        )
+
+
 def _can_be(layout: str, model: Backbone) -> bool:
     """Whether the network can be written so: what is advised must work."""
     if layout == "vitrail":
         return True
     try:
+        _check_whole(model)
         OTHERS[layout](model)
     except ValueError:
         return False

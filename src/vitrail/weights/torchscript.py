@@ -219,9 +219,9 @@ class Machine:
         }
 
     def call(self, _: object) -> None:
-        """REDUCE: one of `CALLS`."""
+        """REDUCE: one of `CALLS`; of a class of the archive a value of an enumeration, which is a setting."""
         name, arguments = self.last(2)
-        self.push(CALLS[name.text](*arguments))
+        self.push(None if _is_class(name.text) else CALLS[name.text](*arguments))
 
 
 OPCODES: dict[str, Callable[[Machine, Any], None]] = {
