@@ -1,4 +1,4 @@
-"""The command line: words -> a function of `vitrail.commands`, and what it ends with.
+"""The command line: words -> a function of `vitrail.commands` or `vitrail.studies`, and what it ends with.
 
     vitrail COMMAND …           what words and flags mean stands in `vitrail.flags`
 
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from vitrail import commands
+from vitrail import commands, studies
 from vitrail.commands import say, tell
 from vitrail.flags import parse
 from vitrail.names import closest
@@ -36,8 +36,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": commands.models,
     "inspect": commands.inspect,
     "convert": commands.convert,
-    "parity": commands.parity,
-    "transfer": commands.transfer,
+    "parity": studies.parity,
+    "transfer": studies.transfer,
+    "ablate": studies.ablate,
     "demo": commands.demo,
 }
 

@@ -19,7 +19,7 @@ from vitrail.flags import existing
 from vitrail.images import SUFFIXES
 from vitrail.names import check_choice, nearest, printable
 from vitrail.processes import is_first
-from vitrail.train.config import Device, TrainConfig
+from vitrail.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from vitrail.predict import ViTClassifier
@@ -49,7 +49,7 @@ def train(
 
     if resume is not None and config.out != resume:
         raise ValueError(f"--resume goes on in its own folder {resume}; got --out {config.out}: leave it out")
-    out = _place(config.out)
+    out = out_folder(config.out)
     names = override or ()
     if resume is None:
         history = run_training(config, override=names)
@@ -62,7 +62,7 @@ def demo(*, out: Annotated[str, "folder of the run"] = "runs/demo") -> None:
     """Train on the shipped blood-cell photographs in about two minutes, evaluate, explain, and write a report."""
     from vitrail.trainer import demo_config, run_training
 
-    place = _place(out)
+    place = out_folder(out)
     run_training(demo_config(out))
     tell(f"open {place / 'report.html'} in a browser")
 
@@ -144,7 +144,7 @@ def explain(
     from vitrail.predict import Predictor
     from vitrail.visualize import AttentionVisualizer
 
-    paths, place = _expand(images), _place(out)
+    paths, place = _expand(images), out_folder(out)
     named = Predictor.from_pretrained(model, device) if model else _predictor(model, device, sys.stdout)
     visualizer = AttentionVisualizer(named)
     for image, name in zip(paths, _names(paths), strict=True):
@@ -169,14 +169,14 @@ def models(
 def _rows(pattern: str) -> Table:
     from vitrail.models.registry import model_table
 
-    _check_matches(pattern)
+    check_matches(pattern)
     table = Table("model", "parameters", "image size", "classes", box=None)
     for row in model_table(pattern):
         table.add_row(row.name, f"{row.parameters:,}", f"{row.img_size[0]} x {row.img_size[1]}", str(row.num_classes))
     return table
 
 
-def _check_matches(pattern: str) -> None:
+def check_matches(pattern: str) -> None:
     from vitrail.models.registry import list_models
 
     if not list_models(pattern):
@@ -230,71 +230,6 @@ def convert(
     print(printable(str(write(open_weights(source, model), out, to))))
 
 
-def parity(
-    pattern: Annotated[str, "shell pattern of models, such as 'swin_*'"] = "*",
-    /,
-    *,
-    sources: Annotated[list[str] | None, "timm, torchvision, transformers; by default those installed"] = None,
-    double: Annotated[bool, "in float64, where no rounding hides what differs"] = False,
-) -> None:
-    """Hold models against other libraries' with the same random weights; print the largest differences (Markdown)."""
-    import torch
-
-    from vitrail.research.parity import parity_table
-    from vitrail.research.peers import SOURCES
-
-    _check_matches(pattern)
-    for source in sources or ():
-        check_choice("--sources", source, SOURCES)
-    rows = 0
-    for rows, found in enumerate(parity_table(pattern, sources, torch.float64 if double else torch.float32), start=1):
-        if rows == 1:
-            print("| model | beside | at | logits | features | of | parameters |\n|---|---|---|---:|---:|---:|---:|")
-        ours, theirs = found.parameters
-        count = f"{ours:,}" if ours == theirs else f"{ours:,}, not {theirs:,}"
-        size, far = f"{found.size[0]} x {found.size[1]}", f"{found.logits:.1e} | {found.features:.1e}"
-        print(f"| {found.row} | {found.source} | {size} | {far} | {found.compared} | {count} |", flush=True)
-    if not rows:
-        asked = ", ".join(sources or SOURCES)
-        raise ValueError(
-            f"there is nothing to hold {pattern!r} against: none of {asked}, if installed, has such a model"
-        )
-
-
-def transfer(
-    weights: Annotated[str, "weights to begin with, as train --from takes them"],
-    data: Annotated[str, "bloodcells, cifar10, cifar100, imagenet, or folder:PATH"],
-    /,
-    *,
-    strategies: Annotated[list[str] | None, "words of --freeze, or scratch; all by default"] = None,
-    seeds: Annotated[int, "runs of each"] = 3,
-    epochs: Annotated[int, "epochs of each run"] = 20,
-    img_size: Annotated[int | None, "as train's"] = None,
-    batch_size: Annotated[int, "images a batch"] = 64,
-    data_dir: Annotated[str, "where named data sets lie"] = "data",
-    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto",
-    debug: Annotated[bool, "a few batches an epoch, to see that everything runs"] = False,
-    out: Annotated[str, "folder of the runs, the table and its picture"] = "runs/transfer",
-) -> None:
-    """Fine-tune by every strategy, and print a table of how well each does (Markdown), with intervals."""
-    from vitrail.draw.canvas import save_figure
-    from vitrail.draw.plots import interval_bars
-    from vitrail.files import write_whole
-    from vitrail.research.transfer import markdown, transfer_table
-
-    config = TrainConfig(
-        from_weights=weights, data=data, epochs=epochs, img_size=img_size, batch_size=batch_size, data_dir=data_dir,
-        device=device, debug=debug, out=str(_place(out)), warmup_epochs=min(1, epochs / 4),
-    )  # fmt: skip
-    rows = []
-    for row in transfer_table(config, strategies or ("all",), seeds):
-        rows.append(row)
-        write_whole(Path(out) / "transfer.md", markdown(rows) + "\n")  # what is done is there, whatever comes
-    chart = interval_bars({row.strategy: row.balanced for row in rows}, f"balanced accuracy on {data}")
-    save_figure(chart, Path(out) / "transfer.png")
-    print(markdown(rows))
-
-
 def _predictor(model: str, device: str, stream: TextIO) -> ViTClassifier:
     """The model that is named; where none is, the shipped one, which then says what it is and for what images."""
     from vitrail.predict import ViTClassifier
@@ -310,7 +245,7 @@ def _line(answer: Classification) -> str:
     return printable(f"{answer.id}  {answer}" + (f"  ({rest})" if rest else ""))
 
 
-def _place(out: str) -> Path:
+def out_folder(out: str) -> Path:
     """What `--out` names. Raises `ValueError` before any work where that can be no folder that may be written to."""
     path = Path(out)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -48,7 +48,13 @@ def flags_of(command: str) -> set[str]:
     if command == "train":
         return {field.name for field in fields(TrainConfig)} | {"config", "resume"}
     names = {"json" if name == "as_json" else name for name in COMMANDS[command].__annotations__}
-    words = {"eval": {"model"}, "inspect": {"file"}, "convert": {"source", "out"}, "transfer": {"weights", "data"}}
+    words = {
+        "eval": {"model"},
+        "inspect": {"file"},
+        "convert": {"source", "out"},
+        "transfer": {"weights", "data"},
+        "ablate": {"config"},
+    }
     return names - {"return", "images", "pattern"} - words.get(command, set())
 
 

@@ -13,18 +13,9 @@ from PIL import Image
 from vitrail.cli import main
 from vitrail.draw.plots import Measure, interval_bars
 from vitrail.models.registry import build_model
-from vitrail.research import transfer
-from vitrail.research.transfer import (
-    RECIPES,
-    Row,
-    Tried,
-    accuracy,
-    balanced_accuracy,
-    interval,
-    markdown,
-    resampled,
-    transfer_table,
-)
+from vitrail.research import runs, transfer
+from vitrail.research.runs import Tried, accuracy, balanced_accuracy, interval, resampled
+from vitrail.research.transfer import RECIPES, Row, markdown, transfer_table
 from vitrail.train.config import TrainConfig
 
 
@@ -61,15 +52,15 @@ def test_a_row_a_strategy(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     answers = json.loads((Path(config.out) / "backbone-0" / "answers.json").read_text())
     assert len(answers["labels"]) == len(answers["answers"]) == 12
 
-    monkeypatch.setattr(transfer, "run_training", lambda *_: pytest.fail("a run was done twice"))
-    monkeypatch.setattr(transfer, "resume_training", lambda *_: pytest.fail("a run was done twice"))
+    monkeypatch.setattr(runs, "run_training", lambda *_: pytest.fail("a run was done twice"))
+    monkeypatch.setattr(runs, "resume_training", lambda *_: pytest.fail("a run was done twice"))
     assert list(transfer_table(config, ("backbone",), seeds=2)) == [rows[1]]
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     (row,) = transfer_table(config, ("backbone",), seeds=1)
     (Path(config.out) / "backbone-0" / "answers.json").unlink()
-    monkeypatch.setattr(transfer, "run_training", lambda *_: pytest.fail("it began anew"))
+    monkeypatch.setattr(runs, "run_training", lambda *_: pytest.fail("it began anew"))
     (again,) = transfer_table(config, ("backbone",), seeds=1)
     assert again == row
 

@@ -8,6 +8,7 @@ Legend: `K` classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -157,6 +158,19 @@ def interval_bars(named: Mapping[str, Measure], title: str) -> Canvas:
     return drawing
 
 
+def compared_curves(histories: Mapping[str, History]) -> Canvas:
+    """Training loss and validation accuracy of several runs, each named in `histories`, side by side."""
+    drawing = Canvas(8.4, 3.0)
+    for axes, (figure, title, finish) in zip(drawing.subplots(1, 2).flat, COMPARED, strict=True):
+        dress(axes, title, "epoch")
+        for (name, history), (colour, style) in zip(histories.items(), cycle(TOLD_APART)):
+            axes.plot(*_series(history, figure), style, color=colour, label=name, linewidth=1.6)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.legend(fontsize=SMALL, frameon=False, labelcolor=INK)
+        finish(axes)
+    return drawing
+
+
 class _Line(NamedTuple):
     label: str
     colour: str
@@ -221,6 +235,10 @@ PANELS = {
     ),
     "lr": _Panel("Learning rate", {"lr": _Line("learning rate", BLUE, "-")}, _powers),
 }
+
+
+COMPARED = (("train_loss", "Training loss", _from_zero), ("val_accuracy", "Validation accuracy", _percents))
+TOLD_APART = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (MUTED, ":"))
 
 
 def _counts(confusion: Tensor, classes: Sequence[str]) -> np.ndarray:

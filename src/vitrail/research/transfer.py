@@ -2,35 +2,24 @@
 
     WEIGHTS, DATA ── a run for each strategy and seed ──> answers to the test images ── resampled ──> a row a strategy
 
-A run whose answers are there is not run again, and one that was stopped is gone on with. Intervals are the bootstrap's
-(Efron & Tibshirani 1993, section 13.3): the test images are drawn again with replacement, class by class so that each
-keeps its share, and the figure is the mean over the seeds; the 2.5th and 97.5th percentile of `RESAMPLES` draws. They
-say how far other test images would move a figure; how far another seed does stands beside it, as the seeds' range.
-Learning rates are one for each strategy (`RECIPES`): few parameters take larger steps. They are a choice, not a search.
+Intervals are those of `research.runs`: how far other test images would move a figure. How far another seed does stands
+beside them, as the seeds' range. Learning rates are one for each strategy (`RECIPES`): few parameters take larger
+steps. They are a choice, not a search.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from vitrail.data.datasets import load_splits
 from vitrail.draw.plots import Measure
-from vitrail.files import write_whole
 from vitrail.names import check_choice, require
-from vitrail.tasks.base import pick_device
-from vitrail.tasks.classify import Classify
-from vitrail.train.checkpoint import has_checkpoints
+from vitrail.research.runs import Tried, accuracy, balanced_accuracy, interval, percent, tried
 from vitrail.train.config import TrainConfig
-from vitrail.train.finetune import freezing, tuned
-from vitrail.trainer import eval_loader, resume_training, run_training
-from vitrail.weights.load import load_model, open_weights
+from vitrail.train.finetune import freezing
+from vitrail.weights.load import open_weights
 
 SCRATCH = "scratch"
 """the same network from fresh weights, which every strategy should beat"""
@@ -39,22 +28,6 @@ RECIPES = {
     "first": 5e-4, "gradual": 1e-3, "none": 3e-4,
 }  # fmt: skip
 """strategy -> learning rate, in the order of the table; `first` keeps half the layers, `gradual` is done half-way"""
-RESAMPLES = 2000
-ANSWERS = "answers.json"
-
-
-class Tried(NamedTuple):
-    """What one run came to."""
-
-    strategy: str
-    lr: float
-    trained: int
-    """parameters that were trained, at the most"""
-    seconds: float
-    labels: Tensor
-    """(N,) of the test images"""
-    answers: Tensor
-    """(N,)"""
 
 
 class Row(NamedTuple):
@@ -87,7 +60,7 @@ def transfer_table(config: TrainConfig, strategies: Sequence[str] = ("all",), se
         told = replace(config, freeze="none" if name == SCRATCH else freeze, lr=lr)
         if name == SCRATCH:
             told = replace(told, from_weights="", model=network.variant)
-        yield row([_tried(replace(told, seed=seed, out=_place(config, freeze, seed)), freeze) for seed in range(seeds)])
+        yield row([tried(replace(told, seed=seed, out=_place(config, freeze, seed)), freeze) for seed in range(seeds)])
 
 
 def _freeze(name: str, depth: int, epochs: int) -> str:
@@ -103,81 +76,14 @@ def _place(config: TrainConfig, freeze: str, seed: int) -> str:
     return str(Path(config.out) / f"{freeze.replace(':', '_')}-{seed}")
 
 
-def _tried(config: TrainConfig, strategy: str) -> Tried:
-    """The run of this config: as it stands in its folder, gone on with, or done now."""
-    folder = Path(config.out)
-    if has_checkpoints(folder / "checkpoints"):
-        was = TrainConfig.from_yaml(folder / "config.yaml")
-        if was != config:
-            raise ValueError(f"--out must name runs that were told the same; {folder} was told otherwise: name another")
-    if not (folder / ANSWERS).is_file():
-        begun = has_checkpoints(folder / "checkpoints")
-        history = resume_training(folder) if begun else run_training(config)
-        _answer(config, sum(history["seconds"]))
-    found = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
-    labels, answers = torch.tensor(found["labels"]), torch.tensor(found["answers"])
-    return Tried(strategy, config.numbers().lr, found["trained"], found["seconds"], labels, answers)
-
-
-@torch.no_grad()
-def _answer(config: TrainConfig, seconds: float) -> None:
-    """Writes what the run's model says of each test image."""
-    model = load_model(config.out).to(pick_device(config.device))
-    task, labels, answers = Classify(model), [], []
-    for item in eval_loader(load_splits(config).test, model, config):
-        batch = task.prepare(item)
-        labels += batch["label"].tolist()
-        answers += task.logits(batch).argmax(1).tolist()
-    found = {"trained": _trained(task, config.freeze), "seconds": seconds, "labels": labels, "answers": answers}
-    write_whole(Path(config.out) / ANSWERS, json.dumps(found))
-
-
-def _trained(task: Classify, freeze: str) -> int:
-    with torch.enable_grad(), tuned(task, freeze):
-        return sum(p.numel() for p in task.parameters() if p.requires_grad)
-
-
-def row(tried: Sequence[Tried]) -> Row:
+def row(runs: Sequence[Tried]) -> Row:
     """The runs of one strategy, a seed each, as figures with intervals."""
-    first = tried[0]
-    spread = [float(balanced_accuracy(run.labels, run.answers == run.labels)) for run in tried]
+    first = runs[0]
+    spread = [float(balanced_accuracy(run.labels, run.answers == run.labels)) for run in runs]
     return Row(
-        first.strategy, first.lr, first.trained, interval(tried, accuracy), interval(tried, balanced_accuracy),
-        (min(spread), max(spread)), sum(run.seconds for run in tried) / len(tried),
+        first.name, first.lr, first.trained, interval(runs, accuracy), interval(runs, balanced_accuracy),
+        (min(spread), max(spread)), sum(run.seconds for run in runs) / len(runs),
     )  # fmt: skip
-
-
-def accuracy(labels: Tensor, right: Tensor) -> Tensor:
-    """right (…, N) -> (…,) the share of images."""
-    return right.double().mean(-1)
-
-
-def balanced_accuracy(labels: Tensor, right: Tensor) -> Tensor:
-    """labels (N,), right (…, N) -> (…,) the mean over classes of the share of their images."""
-    return torch.stack([right[..., labels == k].double().mean(-1) for k in labels.unique()]).mean(0)
-
-
-def interval(tried: Iterable[Tried], figure: Callable[[Tensor, Tensor], Tensor]) -> Measure:
-    """A figure's mean over seeds, and its bootstrap interval over the test images of each.
-
-    Seeds that have the same test images have them drawn alike.
-    """
-    values, draws = [], []
-    for run in tried:
-        right = run.answers == run.labels
-        values.append(float(figure(run.labels, right)))
-        draws.append(figure(run.labels, right[resampled(run.labels)]))
-    low, high = torch.stack(draws).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Measure(sum(values) / len(values), low, high)
-
-
-def resampled(labels: Tensor) -> Tensor:
-    """labels (N,) -> (`RESAMPLES`, N): each row draws images with replacement, for each one of its class."""
-    generator, picks = torch.Generator().manual_seed(0), torch.empty(RESAMPLES, len(labels), dtype=torch.long)
-    for k in labels.unique():
-        own = (labels == k).nonzero().flatten()
-        picks[:, own] = own[torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)]
-    return picks
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -187,12 +93,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for r in rows:
         low, high = (f"{100 * side:.1f}" for side in r.spread)
         lines.append(
-            f"| {r.strategy} | {r.trained:,} | {r.lr:g} | {_percent(r.accuracy)} | {_percent(r.balanced)} | "
+            f"| {r.strategy} | {r.trained:,} | {r.lr:g} | {percent(r.accuracy)} | {percent(r.balanced)} | "
             f"{low} – {high} | {r.seconds:.0f} |"
         )
     return "\n".join(lines)
-
-
-def _percent(measure: Measure) -> str:
-    value, low, high = (100 * number for number in measure)
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
