@@ -74,14 +74,12 @@ def test_nothing_is_unfinished():
     assert found == []
 
 
-def test_recipes_are_valid_and_name_their_command():
-    """Every YAML is a training config; the comment that begins it holds the command that runs it."""
-    own = {path: f"vitrail train --config configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    shipped = {ROOT / "src" / "vitrail" / "assets" / "demo.yaml": "vitrail demo"}
-    for path, command in (own | shipped).items():
-        assert TrainConfig.from_yaml(path).changes(), f"{path.name} changes nothing"
-        header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        assert any(command in line for line in header), f"{path.name} does not say `{command}`"
+def test_the_shipped_recipe_is_valid_and_names_its_command():
+    """Those of `configs/` are tested in tests/trainer/test_recipes.py."""
+    path = ROOT / "src" / "vitrail" / "assets" / "demo.yaml"
+    assert TrainConfig.from_yaml(path).changes()
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any("vitrail demo" in line for line in header)
 
 
 def test_the_measures_see_faults():
