@@ -122,7 +122,7 @@ def _sizes(config: TrainConfig, model: Backbone) -> Sizes | None:
     """How the size of training images changes, if it does; the logger `vitrail` is told what is to come."""
     if not config.changes_sizes:
         return None
-    sizes = Sizes(config, model.preprocess.img_size, round(model.feature_info[-1].reduction))
+    sizes = Sizes(config, model.preprocess.img_size, model.cell)
     if plan := sizes.plan(config.epochs):
         LOG.info("training images have a short side of %s", plan)
     return sizes

@@ -57,6 +57,28 @@ def test_a_row_a_strategy(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     assert list(transfer_table(config, ("backbone",), seeds=2)) == [rows[1]]
 
 
+def test_strategies_are_looked_at_before_the_first_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "tried", lambda *_: pytest.fail("a run was begun"))
+    for words, said in (
+        (("backbone", "bakbone"), "got 'bakbone': did you mean backbone"),
+        (("backbone", "first:9"), "--freeze first:N must leave the head of vit_debug"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            list(transfer_table(config, words, seeds=1))
+
+
+def test_of_all_strategies_those_that_a_network_cannot_take_are_left_out(config, tmp_path: Path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vitrail")
+    build_model("resnet_debug", num_classes=2).save_pretrained(tmp_path / "cnn")
+    begun: list[str] = []
+    monkeypatch.setattr(transfer, "tried", lambda config, name: begun.append(name))
+    monkeypatch.setattr(transfer, "row", lambda _: None)
+    list(transfer_table(TrainConfig(**{**config.changes(), "from_weights": str(tmp_path / "cnn")}), seeds=1))
+    assert begun[:3] == ["scratch", "backbone", "bias"] and begun[-1] == "none" and len(begun) == 6
+    left = [message.partition(" ")[0] for message in caplog.messages if "is left out: " in message]
+    assert left == ["lora:4", "prompts:8", "deep_prompts:8"]
+
+
 def test_a_run_that_was_stopped_is_gone_on_with(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     (row,) = transfer_table(config, ("backbone",), seeds=1)
     (Path(config.out) / "backbone-0" / "answers.json").unlink()

@@ -15,7 +15,7 @@ from vitrail import trainer
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import Interrupted, TaskModule
 from vitrail.trainer import resume_training, run_training
-from vitrail.weights.load import load_model
+from vitrail.weights.load import create_model, load_model
 
 
 @pytest.fixture
@@ -70,6 +70,14 @@ def test_images_grow_while_steps_and_learning_rate_know_nothing_of_it(growing, s
     rates().clear()
     run_training(replace(growing, out=str(tmp_path / "plain"), grow_from=None, multi_scale=0.0))
     assert sized == rates()
+
+
+@pytest.mark.parametrize("row", ["crossvit_debug", "swin_debug", "pvt_v2_debug", "cait_debug", "resnet_debug"])
+def test_every_family_sees_images_of_other_sizes(row: str, growing, tmp_path):
+    model = create_model(row, num_classes=2)
+    size = 2 * max(model.preprocess.img_size[0], model.cell)
+    told = replace(growing, model=row, img_size=size, grow_from=size // 2, epochs=2, out=str(tmp_path / row))
+    assert run_training(told).rows[-1]["train_loss"] > 0
 
 
 def test_a_run_killed_between_two_sizes_ends_as_it_would_have(growing, steps, tmp_path, monkeypatch):

@@ -462,3 +462,11 @@ def test_what_a_file_hangs_onto_its_tensors_is_left_behind(shop: Any):
     tensor.to = "elsewhere"
     found = read_checkpoint(shop.torch(shop.state() | {"norm.bias": tensor})).tensors["norm.bias"]
     assert torch.equal(found, shop.state()["norm.bias"]) and found.numel() == 12 and vars(found) == {}
+
+
+@pytest.mark.parametrize("row", ["resnet18d", "resnet10t", "legacy_seresnet18", "resnest14d"])
+def test_blocks_of_other_resnets_are_no_networks(row: str, tmp_path: Path):
+    """Whose own first layer has another name, while each block has a conv1."""
+    theirs = pytest.importorskip("timm").create_model(row, num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    assert read_checkpoint(tmp_path / "theirs.pth").tensors.keys() == theirs.state_dict().keys()

@@ -142,6 +142,11 @@ class Backbone(nn.Module, ABC):
     """the file or folder that the present weights came from; empty for fresh ones"""
 
     @property
+    def cell(self) -> int:
+        """Pixels that the sides of an image are multiples of, unless it is padded: those of the coarsest map."""
+        return round(self.feature_info[-1].reduction)
+
+    @property
     def teacher_head(self) -> int | None:
         """From which of `forward_heads` on they are there to learn from a teacher; None where all learn the labels."""
         return None

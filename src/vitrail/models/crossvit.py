@@ -367,6 +367,11 @@ class CrossViT(Backbone):
         first = "proj.0.weight" if self.config.multi_conv else "proj.weight"
         return [f"patch_embed.{b}.{first}" for b in BRANCHES]
 
+    @property
+    def cell(self) -> int:
+        """The small branch's patch: what the other one sees is resized to whole patches of its own."""
+        return self.config.patch_size[0]
+
     def no_weight_decay(self) -> set[str]:
         return {f"{name}_{b}" for name in ("cls_token", "pos_embed") for b in BRANCHES}
 

@@ -117,7 +117,7 @@ def compare(row: str, peer: Peer, dtype: torch.dtype = torch.float32) -> Iterato
 def other_size(model: Backbone) -> tuple[int, int]:
     """Not square, and not the one that positions were made for: three quarters as high, half as wide again."""
     height, width = pair(model.config.img_size)
-    cell = round(model.feature_info[-1].reduction)
+    cell = model.cell
     return height * 3 // 4 // cell * cell, width * 3 // 2 // cell * cell
 
 

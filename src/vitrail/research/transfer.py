@@ -9,18 +9,23 @@ steps. They are a choice, not a search.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from vitrail.draw.plots import Measure
+from vitrail.models.backbone import Backbone
 from vitrail.names import check_choice, require
 from vitrail.research.runs import Tried, accuracy, balanced_accuracy, interval, percent, tried
+from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
-from vitrail.train.finetune import freezing
+from vitrail.train.finetune import freezing, prompted, tuned
 from vitrail.weights.load import open_weights
 
+LOG = logging.getLogger("vitrail")
 SCRATCH = "scratch"
 """the same network from fresh weights, which every strategy should beat"""
 RECIPES = {
@@ -47,20 +52,46 @@ class Row(NamedTuple):
 def transfer_table(config: TrainConfig, strategies: Sequence[str] = ("all",), seeds: int = 3) -> Iterator[Row]:
     """A row for each strategy, as soon as its runs are done: `config.out`/STRATEGY-SEED, otherwise as `config` says.
 
-    Strategies are keys of `RECIPES` or words of `--freeze`. Raises `ValueError` for others, for a run that is there and
-    was told something else, and as `run_training` does.
+    Strategies are keys of `RECIPES` or words of `--freeze`. Of "all", those that the network cannot be fine-tuned by
+    are left out, which the logger `vitrail` is told. Raises `ValueError`, before the first run, for other strategies
+    and for one that is named and cannot be; for a run that is there and was told something else; and as `run_training`
+    does.
     """
     require(seeds >= 1, "seeds", "be at least 1", seeds)
     network = open_weights(config.from_weights)
-    depth = len(network.layer_groups()) - 2
-    for name in RECIPES if tuple(strategies) == ("all",) else strategies:
-        check_choice("--strategies", name.partition(":")[0], {known.partition(":")[0] for known in RECIPES})
-        freeze = _freeze(name, depth, config.epochs)
+    for name, freeze in _fitting(network, strategies, config.epochs):
         lr = next(rate for known, rate in RECIPES.items() if known.partition(":")[0] == name.partition(":")[0])
         told = replace(config, freeze="none" if name == SCRATCH else freeze, lr=lr)
         if name == SCRATCH:
             told = replace(told, from_weights="", model=network.variant)
         yield row([tried(replace(told, seed=seed, out=_place(config, freeze, seed)), freeze) for seed in range(seeds)])
+
+
+def _fitting(network: Backbone, strategies: Sequence[str], epochs: int) -> list[tuple[str, str]]:
+    """The strategies that can be, each with its word of `--freeze`."""
+    every, found = tuple(strategies) == ("all",), []
+    for name in RECIPES if every else strategies:
+        check_choice("--strategies", name.partition(":")[0], [known.partition(":")[0] for known in RECIPES])
+        freeze = _freeze(name, len(network.layer_groups()) - 2, epochs)
+        try:
+            if freeze != SCRATCH:
+                _try_once(network, freeze)
+        except ValueError as error:
+            if not every:
+                raise
+            LOG.info("%s is left out: %s", freeze, error)
+        else:
+            found.append((name, freeze))
+    return found
+
+
+def _try_once(network: Backbone, freeze: str) -> None:
+    """Raises `ValueError` where a network cannot be fine-tuned so. It stays as it is."""
+    network = copy.deepcopy(network)
+    if not network.num_classes:
+        network.reset_classifier(2)
+    with tuned(Classify(prompted(network, freeze, 0)), freeze):
+        pass
 
 
 def _freeze(name: str, depth: int, epochs: int) -> str:

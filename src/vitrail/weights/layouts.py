@@ -15,14 +15,17 @@ FAMILIES = (vit, deit, encoders, hybrid, swin, pvt, pvt_v2, crossvit, convnext)
 KEYMAPS: tuple[KeyMap, ...] = tuple(keymap for family in FAMILIES for keymap in family.KEYMAPS)
 OWN = "timm"
 """whose names this package's networks have, where timm has the family"""
-FIRST_LAYER = re.compile(r"(patch_embed\d?\.(\d\.)?proj|patch_embed\.backbone\.(0|stem\.conv)|conv1|stem\.0)\.weight")
+FIRST_LAYER = re.compile(r"(patch_embed\d?\.(\d\.)?proj|patch_embed\.backbone\.(0|stem\.conv)|stem\.0)\.weight")
 """kernels over pixels of this package's networks"""
+RESNET = {"conv1.weight", "layer1.0.conv1.weight"}
+"""of a ResNet, whose blocks call their first kernels as it does"""
 
 
 def is_network(names: Iterable[str]) -> bool:
     """Whether names of tensors are those of a network, of a known layout or our own, with nothing before them."""
     names = list(names)
-    return any(map(FIRST_LAYER.fullmatch, names)) or any(keymap.knows(names) for keymap in KEYMAPS)
+    own = any(map(FIRST_LAYER.fullmatch, names)) or RESNET.issubset(names)
+    return own or any(keymap.knows(names) for keymap in KEYMAPS)
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> KeyMap | None:
