@@ -369,8 +369,7 @@ class CrossViT(Backbone):
 
     @property
     def cell(self) -> int:
-        """The small branch's patch: what the other one sees is resized to whole patches of its own."""
-        return self.config.patch_size[0]
+        return self.config.patch_size[0]  # what the other branch sees is resized to whole patches of its own
 
     def no_weight_decay(self) -> set[str]:
         return {f"{name}_{b}" for name in ("cls_token", "pos_embed") for b in BRANCHES}
