@@ -1,7 +1,7 @@
 """A guard on attention: a layer whose every query looks at one key alone has stopped to learn, and soon all do.
 
     entropy of a row = −Σ w log w / log(keys), 1 where all keys weigh the same, 0 where one has all the weight
-    entropy of a layer = mean over the images looked at, its heads and its queries
+    entropy of a layer = mean over the images looked at, its heads and its queries; where windows are masked, below 1
 
 Zhai et al. 2023, "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", section 3: training that
 diverges is preceded by layers whose entropy falls to nearly nothing. It is looked at once an epoch, after the last
