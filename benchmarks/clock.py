@@ -15,30 +15,36 @@ from typing import Any
 
 import torch
 
+Timer = Callable[[], float]
 WARM = 2
 """rounds that do not count"""
 TURN = 0.1
 """seconds that a candidate's turn lasts at least: shorter calls are repeated, or its caches would still be another's"""
 
 
-def rounds(calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> list[dict[str, float]]:
-    """Seconds of every call, round by round, in an order that is drawn anew each time."""
+def rounds(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu", timer: Timer = time.perf_counter
+) -> list[dict[str, float]]:
+    """Seconds of every call, round by round, in an order that is drawn anew each time.
+
+    `time.process_time` as `timer` counts the processor's, which other work on the machine touches less.
+    """
     draw, found = random.Random(0), []
     for _ in range(WARM):
-        counts = {name: math.ceil(TURN / _seconds(call, 1, device)) for name, call in calls.items()}
+        counts = {name: math.ceil(TURN / _seconds(call, 1, device, timer)) for name, call in calls.items()}
     for _ in range(repeats):
         order = draw.sample(list(calls), len(calls))
-        found.append({name: _seconds(calls[name], counts[name], device) for name in order})
+        found.append({name: _seconds(calls[name], counts[name], device, timer) for name in order})
     return found
 
 
-def _seconds(call: Callable[[], Any], count: int, device: str) -> float:
+def _seconds(call: Callable[[], Any], count: int, device: str, timer: Timer) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = timer()
     for _ in range(count):
         call()
     _wait(device)
-    return (time.perf_counter() - start) / count
+    return (timer() - start) / count
 
 
 def _wait(device: str) -> None:

@@ -474,3 +474,63 @@ def test_an_error_out_of_a_worker_keeps_only_its_last_line():
         'Caught ImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x"\nImageError: f.jpg: odd\n'
     )
     assert str(ImageError(told)) == "f.jpg: odd"
+
+
+def whole(height: int, width: int) -> images.Part:
+    return 0, 0, height, width
+
+
+def soft_noise(width: int, height: int) -> Image.Image:
+    """Smooth enough to have the same look at half the size."""
+    small = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "RGB"), ("a.png", "RGBA"), ("a.webp", "RGB")],
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_part_is_the_pictures(tmp_path, name, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    soft_noise(96, 64).convert(mode).save(tmp_path / name, exif=exif)
+    part, picture = (3, 5, 40, 50), read_image(tmp_path / name)
+    assert torch.equal(images.read_part(tmp_path / name, lambda *_: part, (30, 30)), picture[:, 3:43, 5:55])
+    seen = []
+    images.read_part(tmp_path / name, lambda *size: seen.append(size) or whole(*size), (60, 60))
+    assert seen == [tuple(picture.shape[1:])]
+
+
+@pytest.mark.parametrize(("least", "by"), [(220, 1), (171, 1), (170, 2), (86, 2), (85, 4), (42, 8), (8, 8)])
+def test_a_jpeg_is_decoded_as_small_as_will_do(tmp_path, least, by):
+    """Of 512 pixels at least one and a half times as many as are asked for remain, and it is the same part."""
+    soft_noise(1024, 768).save(tmp_path / "a.jpg", quality=95)
+    top, left = 128, 256
+    part = images.read_part(tmp_path / "a.jpg", lambda *_: (top, left, 512, 512), (least, least))
+    assert part.shape == (3, 512 // by, 512 // by)
+    exact = read_image(tmp_path / "a.jpg")[:, top : top + 512, left : left + 512]
+    exact = torch.nn.functional.avg_pool2d(exact.float(), by)
+    assert (part - exact).abs().mean() < 2
+
+
+def test_what_has_odd_sides_is_decoded_smaller_too(tmp_path):
+    soft_noise(1008, 768).crop((0, 0, 1001, 767)).save(tmp_path / "a.jpg", quality=95)
+    assert images.read_part(tmp_path / "a.jpg", whole, (60, 60)).shape == (3, 96, 126)
+    corner = images.read_part(tmp_path / "a.jpg", lambda h, w: (h - 700, w - 700, 700, 700), (50, 50))
+    assert corner.shape == (3, 88, 88)
+
+
+@pytest.mark.fault(18)
+def test_a_part_of_a_truncated_file_is_named(tmp_path):
+    soft_noise(1024, 768).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    for least in ((60, 60), (700, 700)):
+        with pytest.raises(ImageError, match=r"cut\.jpg: .*truncated"):
+            images.read_part(tmp_path / "cut.jpg", whole, least)
+
+
+def test_a_picture_that_is_ready_is_not_copied():
+    ready = Image.new("RGB", (4, 3))
+    assert to_rgb(ready) is ready

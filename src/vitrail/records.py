@@ -123,14 +123,14 @@ class Preprocess:
             )
         if images.shape[-3] != self.in_chans:
             raise ValueError(f"the model takes {self.in_chans} channels; got images with {images.shape[-3]}")
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
         if not images.is_floating_point():
             raise ValueError(
                 f"images must be uint8, or floating in [0, 1]; got {images.dtype}: if they hold 0 … 255, "
                 "convert them with images.to(torch.uint8)"
             )
         mean, std = self._stats(images)
-        return (images - mean) / std
+        return (images - mean).div_(std)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """(…, C, H, W) normalised -> float in [0, 1], for looking at."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
+from PIL import Image
 
+from vitrail.data import imagesets
 from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig, image_folder, load_splits
-from vitrail.data.imagesets import ImageSet, Sample
-from vitrail.data.loading import OrderedBatches, draw_seed, get_data_loaders, make_loader
+from vitrail.data.imagesets import FileSet, ImageSet, Sample
+from vitrail.data.loading import OrderedBatches, Pick, draw_seed, get_data_loaders, make_loader
 from vitrail.data.transforms import RandomResizedCrop, eval_transform, train_transform
 from vitrail.images import ImageError
 from vitrail.records import Preprocess
@@ -389,3 +391,19 @@ def test_repeats_are_for_training():
     for wrong in ({"shuffle": False, "repeats": 2}, {"shuffle": True, "repeats": 0}):
         with pytest.raises(ValueError, match="repeats must be at least 1, and 1 where images keep their order; got"):
             OrderedBatches(9, 4, **wrong)
+
+
+def test_of_files_only_the_random_part_is_decoded(tmp_path, monkeypatch):
+    """And it is the part that the crop takes of the whole picture under the same seed."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(torch.randint(256, (48, 64, 3), dtype=torch.uint8).numpy()).save(tmp_path / name / "0.jpg")
+    files, crop = image_folder(tmp_path, in_memory=False), RandomResizedCrop(Preprocess(img_size=(32, 32)), 0.2)
+    assert isinstance(files, FileSet)
+    expected = {}
+    for row in range(2):
+        torch.manual_seed(Pick(0, row).seed(5))
+        expected[files.ids[row]] = crop(files.image(row))
+    monkeypatch.setattr(imagesets, "read_image", None)
+    batch = next(iter(make_loader(files, batch_size=2, train=True, transform=crop, seed=5)))
+    assert all(torch.equal(image, expected[name]) for image, name in zip(batch["image"], batch["id"], strict=True))

@@ -168,7 +168,7 @@ class BatchAugment:
         images = pad_and_crop(images, self.pad[0], self.pad[1], config.pad_mode) if any(self.pad) else images
         images = flip(images, config.flip, -1) if config.flip else images
         images = flip(images, config.flip_vertical, -2) if config.flip_vertical else images
-        images = self._recolour(images.float() / 255, shape)
+        images = self._recolour(images.float().div_(255), shape)
         return (erase(images, config.erase) if config.erase else images).reshape(shape)
 
     def _recolour(self, images: Tensor, shape: torch.Size) -> Tensor:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitrail.data.boxes import check_boxes
-from vitrail.images import ImageError, read_image
+from vitrail.images import ImageError, Part, read_image, read_part
 from vitrail.records import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess
 
 DECODED_SIZE = 224
@@ -83,6 +83,15 @@ class ImageSet(Dataset[Sample], ABC):
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(image=self.image(index), label=int(self.labels[index]), id=self.ids[index])
+
+    def part(self, index: int, choose: Callable[[int, int], Part], least: tuple[int, int]) -> Sample:
+        """A sample of which the image is cut to what `choose(height, width)` names, and then to be resized to `least`.
+
+        Of a file no more need be decoded than that takes: its part may have fewer pixels than was named.
+        """
+        sample = self[index]
+        top, left, height, width = choose(*sample["image"].shape[-2:])
+        return Sample(**{**sample, "image": sample["image"][..., top : top + height, left : left + width]})
 
     def gather(self, indices: Sequence[int]) -> Batch:
         """The images that `indices` name as one batch. They must share a size."""
@@ -197,6 +206,10 @@ class FileSet(ImageSet):
 
     def image(self, index: int) -> Tensor:
         return read_image(self.paths[index])
+
+    def part(self, index: int, choose: Callable[[int, int], Part], least: tuple[int, int]) -> Sample:
+        image = read_part(self.paths[index], choose, least)
+        return Sample(image=image, label=int(self.labels[index]), id=self.ids[index])
 
     def subset(self, indices: Tensor) -> FileSet:
         rows = indices.tolist()

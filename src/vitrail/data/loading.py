@@ -21,7 +21,7 @@ from vitrail.data.augment import TIED, AugmentConfig
 from vitrail.data.badimages import OnBadImage
 from vitrail.data.datasets import DataConfig, load_splits
 from vitrail.data.imagesets import ImageSet, Sample, collate
-from vitrail.data.transforms import Transform, eval_transform, train_transform
+from vitrail.data.transforms import RandomResizedCrop, Transform, eval_transform, train_transform
 from vitrail.data.watch import Board, Drawn, WatchedLoader
 from vitrail.images import ImageError
 from vitrail.names import check_choice, require
@@ -173,7 +173,7 @@ class Drawing(Dataset[Drawn]):
         samples: list[Sample] = []
         for pick in picks:
             if (sample := self._read(pick, bad)) is not None:
-                samples.append(self._cut(pick, sample))
+                samples.append(sample)
             elif self.train:  # an error raised in a worker would not bring along what it met
                 return Drawn(Batch(image=torch.empty(0)), bad, _too_many(bad))
         return Drawn(collate(samples or [self._blank(picks[0])]), bad)
@@ -184,11 +184,11 @@ class Drawing(Dataset[Drawn]):
         return batch if self.transform is None else Batch(**{**batch, "image": _moved(self.transform, batch)})
 
     def _read(self, pick: Pick, bad: dict[str, str]) -> Sample | None:
-        """The image that was picked or the one that is drawn for it; None where none can be read. Fills `bad`."""
+        """The image that was picked or the one drawn for it, cut; None where none can be read. Fills `bad`."""
         for row in self._rows(pick):
             self.board.begin(row)
             try:
-                return self.images[row]
+                return self._cut(pick, row)
             except ImageError as error:
                 if not self.skip:
                     raise
@@ -200,19 +200,24 @@ class Drawing(Dataset[Drawn]):
         tries = range(1, TRIES) if self.train else ()
         return [pick.row, *(draw_seed(self.seed, pick.epoch, pick.row, n) % len(self.images) for n in tries)]
 
-    def _cut(self, pick: Pick, sample: Sample) -> Sample:
-        if self.transform is None:
-            return sample
-        if not self.transform.random:
-            return Sample(**{**sample, "image": _moved(self.transform, sample)})
+    def _cut(self, pick: Pick, row: int) -> Sample:
+        if not (self.transform and self.transform.random):
+            return self._changed(self.images[row])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(pick.seed(self.seed))  # the CPU's alone
-            return Sample(**{**sample, "image": _moved(self.transform, sample)})
+            if isinstance(crop := self.transform, RandomResizedCrop):
+                part = self.images.part(row, crop.box, crop.preprocess.img_size)
+                _refuse_tied(crop, part)
+                return Sample(**{**part, "image": crop.sized(part["image"])})
+            return self._changed(self.images[row])
+
+    def _changed(self, sample: Sample) -> Sample:
+        return Sample(**{**sample, "image": _moved(self.transform, sample)}) if self.transform else sample
 
     def _blank(self, pick: Pick) -> Sample:
         """For a batch that lost all its images: processes must share every pass, and no kernel takes an empty one."""
         black = torch.zeros(self.images.channels, *(self.images.size or (1, 1)), dtype=torch.uint8)
-        return self._cut(pick, Sample(image=black, label=UNLABELLED, id=self.images.ids[pick.row]))
+        return self._changed(Sample(image=black, label=UNLABELLED, id=self.images.ids[pick.row]))
 
 
 def _too_many(bad: dict[str, str]) -> str:
@@ -225,13 +230,17 @@ def _too_many(bad: dict[str, str]) -> str:
 def _moved(transform: Transform, item: Sample | Batch) -> Tensor:
     """The transformed image. Raises `ValueError` where it was cut or resized and has boxes or masks, which were not."""
     image = transform(item["image"])
-    tied = [key for key in TIED if key in item]
-    if tied and image is not item["image"]:
+    if image is not item["image"]:
+        _refuse_tied(transform, item)
+    return image
+
+
+def _refuse_tied(transform: Transform, item: Sample | Batch) -> None:
+    if tied := [key for key in TIED if key in item]:
         raise ValueError(
             f"{type(transform).__name__} would cut or resize images but not their {tied[0]}: "
             "give images of the model's size, and crop none"
         )
-    return image
 
 
 def _as_it_is(batch: Any) -> Any:

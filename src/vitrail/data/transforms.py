@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.data.augment import AugmentConfig, crop_kind
-from vitrail.images import to_tensor
+from vitrail.images import Part, to_tensor
 from vitrail.records import Preprocess
 
 ASPECT = (3 / 4, 4 / 3)
@@ -94,10 +94,13 @@ class RandomResizedCrop:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         pixels = to_tensor(image) if isinstance(image, Image.Image) else image
         top, left, height, width = self.box(pixels.shape[-2], pixels.shape[-1])
-        part = pixels[..., top : top + height, left : left + width]
+        return self.sized(pixels[..., top : top + height, left : left + width])
+
+    def sized(self, part: Tensor) -> Tensor:
+        """The part (…, C, h, w) that `box` named, as the model takes it."""
         return resize(part, self.preprocess.img_size, self.preprocess.interpolation)
 
-    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def box(self, height: int, width: int) -> Part:
         """top, left, height, width of a random part."""
         for _ in range(TRIES):
             area = height * width * _uniform(self.scale, 1)
