@@ -56,7 +56,7 @@ RUN = (
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig, SizeConfig) for f in fields(part)} - {"seed"} | {
-    "model", "out", "drop_path", "drop_rate", "from_weights",
+    "model", "out", "drop_path", "drop_rate", "global_pool", "from_weights",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
 SILENT = "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="

@@ -319,6 +319,18 @@ def test_a_dropout_that_a_model_has_not():
     assert make_model(TrainConfig(model="resnet_debug", drop_rate=0.1), some_splits()).config.drop_rate == 0.1
 
 
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_a_model_reads_what_the_run_says(pool: str):
+    model = make_model(TrainConfig(model="vit_debug", global_pool=pool), some_splits())
+    assert model.config.global_pool == pool
+
+
+def test_a_pooling_that_a_model_has_not():
+    assert make_model(TrainConfig(model="vit_debug"), some_splits()).config.global_pool == "token", "its row's"
+    with pytest.raises(ValueError, match=r"resnet_debug takes no --global-pool; got avg: leave it out"):
+        make_model(TrainConfig(model="resnet_debug", global_pool="avg"), some_splits())
+
+
 def test_a_loader_for_every_part():
     splits, config = some_splits(), TrainConfig(batch_size=3)
     model = make_model(TrainConfig(model="vit_debug", img_size=16), splits)

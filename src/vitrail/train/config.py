@@ -22,7 +22,7 @@ from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig
 from vitrail.data.sizes import SizeConfig
 from vitrail.files import write_whole
-from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
+from vitrail.names import POOLINGS, TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
 from vitrail.tasks.distill import DistillConfig
 from vitrail.tasks.losses import LossConfig, LossName
 from vitrail.train.finetune import FinetuneConfig, freezing
@@ -31,6 +31,7 @@ from vitrail.train.optim import OptimConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
+GlobalPool = Literal["auto", "token", "avg", "map"]
 LOG = logging.getLogger("vitrail")
 AUTO = "auto"
 """the model that is meant where none is named"""
@@ -45,6 +46,7 @@ RESTING = ("backbone", "prompts", "deep_prompts")
 """where no layer of the network but its head is in training mode"""
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
+    "rand_std": RAND, "rand_chance": RAND,
     "grow_until": GROWN, "drop_path": BLOCKS,
     "min_lr": FALLING, "decay_epochs": FALLS, "decay_steps": FALLS, "decay_rate": FALLS, "restart_epochs": RESTARTS,
     "restart_steps": RESTARTS, "restart_factor": RESTARTS, "beta2": SQUARES,
@@ -69,6 +71,9 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
     of --from are for"""
     out: str = "runs/run"
     """folder of the run: config, history, checkpoints, model"""
+    global_pool: GlobalPool = "auto"
+    """what the head reads: token (the class token), avg (the mean of the image's) or map (attention pooling); auto is
+    what the row or the weights have"""
     drop_path: float = 0.0
     """stochastic depth of the last block"""
     drop_rate: float = 0.0
@@ -119,8 +124,10 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
         self._check_words()
 
     def _check_words(self) -> None:
-        for name, kind in (("precision", Precision), ("device", Device), ("log", Log)):
-            check_choice(f"--{name}", getattr(self, name), get_args(kind))
+        object.__setattr__(self, "global_pool", POOLINGS.get(self.global_pool, self.global_pool))
+        kinds = {"precision": Precision, "device": Device, "log": Log, "global_pool": GlobalPool}
+        for name, kind in kinds.items():
+            check_choice(_flag(name), getattr(self, name), get_args(kind))
         refused = self.precision == "fp16" and self.device == "cpu"
         require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
 
