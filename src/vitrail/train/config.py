@@ -41,6 +41,7 @@ SQUARES = "an --optimizer other than sgd"
 BCE, FOCAL, ASYMMETRIC = (f"--loss {name}" for name in ("bce", "focal", "asymmetric"))
 EFFECTIVE, TAUGHT, SOFT = "--class-weights effective", "--teacher", "--teacher and --distillation soft"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
+ATTENDING = "a model with attention"
 BLOCKS = "layers that are trained (another --freeze)"
 RESTING = ("backbone", "prompts", "deep_prompts")
 """where no layer of the network but its head is in training mode"""
@@ -54,6 +55,7 @@ NEEDS = {
     "asl_clip": ASYMMETRIC, "effective_beta": EFFECTIVE, "teacher_path": TAUGHT, "distillation": TAUGHT,
     "distillation_alpha": TAUGHT, "distillation_tau": SOFT,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
+    "entropy_floor": ATTENDING,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "none"}
@@ -197,10 +199,11 @@ def _naming(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) -> None:
+def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True, attends: bool = True) -> None:
     """Tells the logger `vitrail`, in one line, which settings do nothing, and what each would need.
 
-    `kept` and `validated` say whether the run has a folder and validation images.
+    `kept` and `validated` say whether the run has a folder and validation images, `attends` whether its model is one
+    with attention.
     """
     schedule = config.numbers().schedule
     there = {
@@ -219,6 +222,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,
+        ATTENDING: attends,
         BLOCKS: freezing(config.freeze).kind not in RESTING,
     }
     idle = [name for name in config.changes() if name in NEEDS and not there[NEEDS[name]]]
