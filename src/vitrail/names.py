@@ -66,6 +66,9 @@ TRAIN_SPELLINGS = {
     "mixup_alpha": "mixup",
     "cutmix_alpha": "cutmix",
     "drop_path_rate": "drop_path",
+    "pool": "global_pool",
+    "pool_type": "global_pool",
+    "gp": "global_pool",
     "output_dir": "out",
     "output": "out",
     "dataset": "data",
@@ -106,7 +109,7 @@ BY_DATA = dict.fromkeys(("num_classes", "in_chans"), "the data says it")
 BY_ROW = dict.fromkeys(
     (
         "embed_dim", "depth", "num_heads", "mlp_ratio", "mlp_dim", "intermediate_size", "patch_size", "qkv_bias",
-        "class_token", "reg_tokens", "global_pool", "pos_embed", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate",
+        "class_token", "reg_tokens", "pos_embed", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate",
         "attn", "attn_implementation", "flash_attention",
     ),
     "the row that `model` names says it (`vitrail models`); for a model of your own take create_model and ViTTrainer",

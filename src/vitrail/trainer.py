@@ -31,6 +31,7 @@ from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
 from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone, said_preprocess
+from vitrail.models.convnet import ConvNet
 from vitrail.models.registry import resolve_name
 from vitrail.models.vit import VisionTransformer
 from vitrail.models.vit_config import ViTConfig
@@ -41,7 +42,7 @@ from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
-from vitrail.train.engine import fit, refuse_start
+from vitrail.train.engine import DEBUG_BATCHES, fit, refuse_start
 from vitrail.train.finetune import prompted
 from vitrail.train.network import make_model, network_record, row_named
 from vitrail.train.resume import Loader, refuse_uneven
@@ -56,7 +57,7 @@ RUN = (
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig, SizeConfig) for f in fields(part)} - {"seed"} | {
-    "model", "out", "drop_path", "drop_rate", "from_weights",
+    "model", "out", "drop_path", "drop_rate", "global_pool", "from_weights",
 }  # fmt: skip
 """settings of a run that a model and loaders of one's own have answered"""
 SILENT = "the model is saved without preprocessing, since its images came ready: give ViTTrainer preprocess="
@@ -95,13 +96,13 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     refuse_uneven((splits.val, splits.test), config)
     model = make_model(config, splits, former.get("network") if former else None)
     say_few(splits)
-    say_idle(replace(config, crop=crop_kind(config, model.preprocess)))
+    say_idle(replace(config, crop=crop_kind(config, model.preprocess)), attends=not isinstance(model, ConvNet))
     if former and "preprocess" in former and "preprocess" not in override:  # of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"]).replace(img_size=model.preprocess.img_size)
     task = make_task(model, config, list(splits.train.counts().values()))
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
-    augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model))
+    augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model, len(train)))
     record = splits.record() | {"preprocess": asdict(model.preprocess)} | network_record(config, model)
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
@@ -118,13 +119,22 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     return history
 
 
-def _sizes(config: TrainConfig, model: Backbone) -> Sizes | None:
-    """How the size of training images changes, if it does; the logger `vitrail` is told what is to come."""
+def _sizes(config: TrainConfig, model: Backbone, batches: int) -> Sizes | None:
+    """How the size of training images changes, if it does; the logger `vitrail` is told what is to come.
+
+    `batches` are those of an epoch.
+    """
     if not config.changes_sizes:
         return None
     sizes = Sizes(config, model.preprocess.img_size, model.cell)
-    if plan := sizes.plan(config.epochs):
+    batches = min(batches, DEBUG_BATCHES) if config.debug else batches
+    if plan := sizes.plan(config.epochs, batches):
         LOG.info("training images have a short side of %s", plan)
+    if not sizes.grows_up(total := config.epochs * batches):
+        LOG.warning(
+            "training images do not get to their full %d pixels in this run (batches: %d): give more --epochs, or a "
+            "smaller --grow-until", min(sizes.full), total,
+        )  # fmt: skip
     return sizes
 
 
@@ -339,7 +349,9 @@ class ViTTrainer:
             )
         config = TrainConfig.from_dict({"device": self.device, **given})
         out = None if self.out is None else Path(self.out)
-        say_idle(config, kept=out is not None, validated=val_loader is not None)
+        say_idle(
+            config, kept=out is not None, validated=val_loader is not None, attends=not isinstance(self.model, ConvNet)
+        )
         refuse_start(out, resume=False)
         self.model = prompted(self.model, config.freeze, config.seed)
         task = make_task(self.model, config)

@@ -39,7 +39,7 @@ from vitrail.train.task import make_task
 from vitrail.weights.fit import Rest
 from vitrail.weights.load import open_weights
 
-SETTLED = {"data", "img_size", "model", "from_weights", "drop_path", "drop_rate"}
+SETTLED = {"data", "img_size", "model", "from_weights", "drop_path", "drop_rate", "global_pool"}
 """settings of a run that the weights and the data set have answered"""
 Images = str | Path | Dataset[Any] | Loader
 

@@ -154,6 +154,7 @@ def test_soft_labels_are_mixed_as_they_are():
 def test_the_same_seed_gives_the_same_batch(policy):
     batch = raw()
     settings = {"auto_augment": policy, "mixup": 0.2, "cutmix": 1.0, "erase": 0.5, "color_jitter": 0.3}
+    settings |= {"rand_std": 1.5, "rand_chance": 0.5} if policy == "rand" else {}
     first, again, other = (augment(seed, batch, **settings)["image"] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -338,6 +339,8 @@ def test_other_numbers_of_channels(channels):
         ({"crop_scale": math.nan}, "--crop-scale must lie"),
         ({"rand_ops": 0}, "--rand-ops must be at least 1"),
         ({"rand_magnitude": 31}, "--rand-magnitude must lie in 0 to 30; got 31"),
+        ({"rand_std": -1.0}, r"--rand-std must lie in 0 \(all of one strength\) to 30; got -1"),
+        ({"rand_chance": 0.0}, r"--rand-chance must lie in \(0, 1\]; got 0"),
         ({"mixup": -1}, r"--mixup must be 0 \(off\) or lie in \[0.001, 1000\]; got -1"),
         ({"mixup": 1e-300}, "--mixup must be .*; got 1e-300"),
         ({"cutmix": 1e300}, r"--cutmix must be .*; got 1e\+300"),

@@ -44,7 +44,14 @@ def test_ranges_are_the_published_ones(wide, their_class):
             assert ranges[ours] == pytest.approx((float(levels[0]), float(levels[-1])), abs=1e-5)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES.values(), lambda *size: draw_rand(*size, ops=3, magnitude=30)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *POLICIES.values(),
+        lambda *size: draw_rand(*size, ops=3, magnitude=30),
+        lambda *size: draw_rand(*size, ops=3, magnitude=27, std=6, chance=0.8),
+    ],
+)
 def test_levels_stay_in_range(policy):
     drawn = policy(400, 32, 32)
     limits = {name: (-high, high) if name in SIGNED else (min(low, high), max(low, high))
@@ -53,6 +60,32 @@ def test_levels_stay_in_range(policy):
         low, high = limits.get(NAMES[op], (0, 0))
         assert low - 1e-5 <= level <= high + 1e-5
     assert len(drawn.op.unique()) > 5
+
+
+def rotations(**settings):
+    """Strengths, 0 … 30, of the rotations that many images get."""
+    torch.manual_seed(0)
+    drawn = draw_rand(20_000, 32, 32, **settings)
+    return drawn.level[drawn.op == NAMES.index("rotate")].abs()
+
+
+def test_rand_may_draw_its_strength():
+    """A rotation by 30 degrees is strength 30."""
+    assert set(rotations(magnitude=9).tolist()) == {9.0}
+    drawn = rotations(magnitude=9, std=1.5)
+    assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((9, 1.5), abs=0.1)
+    strong = rotations(magnitude=27, std=3)
+    assert strong.max() == 30 and (strong == 30).double().mean() == pytest.approx(0.159, abs=0.02)
+    assert rotations(magnitude=0, std=1).min() == 0
+    assert torch.equal(drawn, rotations(magnitude=9, std=1.5)), "a function of the seed"
+
+
+def test_rand_may_leave_operations_out():
+    torch.manual_seed(0)
+    done = [
+        (draw_rand(20_000, 8, 8, chance=chance).op != NAMES.index("identity")).double().mean() for chance in (1, 0.5)
+    ]
+    assert done[1] / done[0] == pytest.approx(0.5, abs=0.02)
 
 
 def test_rand_has_its_number_and_strength():

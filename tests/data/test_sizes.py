@@ -51,9 +51,20 @@ def test_what_is_drawn_follows_the_seed():
 
 
 def test_the_plan_says_from_which_epoch_on():
-    plan = Sizes(SizeConfig(grow_from=16, grow_until=0.8), (32, 32), 8).plan(10)
+    plan = Sizes(SizeConfig(grow_from=16, grow_until=0.8), (32, 32), 8).plan(10, 3)
     assert plan == "16 pixels from epoch 1 on, 24 pixels from epoch 5 on, 32 pixels from epoch 9 on"
-    assert Sizes(SizeConfig(multi_scale=0.25), (32, 32), 4).plan(10) == ""
+    assert Sizes(SizeConfig(multi_scale=0.25), (32, 32), 4).plan(10, 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batches", "within", "grown"),
+    [(1, 4, ", 32 pixels within epoch 1", True), (1, 3, ", 24 pixels within epoch 1", False), (1, 1, "", False)],
+)
+def test_the_plan_of_a_short_run_says_what_its_last_epoch_comes_to(epochs, batches, within, grown):
+    sizes = Sizes(SizeConfig(grow_from=16), (32, 32), 8)
+    assert sizes.plan(epochs, batches) == f"16 pixels from epoch 1 on{within}"
+    total = epochs * batches
+    assert sizes.grows_up(total) == grown == (sizes(total - 1, total) == (32, 32))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_every_field_of_the_run_says_what_it_is():
         ("out", "", "--out must name a folder; got nothing"),
         ("precision", "bf61", "--precision must be one of fp32, bf16, fp16; got 'bf61': did you mean bf16"),
         ("device", "gpu", "--device must be one of auto, cpu, cuda, mps; got 'gpu'"),
+        ("global_pool", "mean_max", "--global-pool must be one of auto, token, avg, map; got 'mean_max'"),
         ("log", "csb", "--log must be one of csv, tensorboard; got 'csb'"),
         ("batch_size", 0, "--batch-size must be at least 1; got 0"),
         ("mixup", -1, r"--mixup must be 0 \(off\) or lie in \[0.001, 1000\]; got -1"),
@@ -69,6 +70,9 @@ def test_fp16_is_not_for_the_cpu():
 def test_other_spellings_are_taken():
     config = TrainConfig.from_dict({"learning_rate": 1e-3, "num_epochs": 7, "mixup_alpha": 0.2, "output_dir": "x"})
     assert (config.lr, config.epochs, config.mixup, config.out) == (1e-3, 7, 0.2, "x")
+    assert (
+        TrainConfig.from_dict({"pool": "gap"}) == TrainConfig.from_dict({"gp": "avg"}) == TrainConfig(global_pool="avg")
+    )
     with pytest.raises(TypeError, match="got both lr and learning_rate"):
         TrainConfig.from_dict({"lr": 1.0, "learning_rate": 1.0})
     with pytest.raises(TypeError, match="no argument 'epoch'; the nearest is epochs"):
@@ -114,6 +118,8 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
         ({"crop": "pad", "crop_scale": 0.5}, "--crop-scale needs --crop resized"),
         ({"rand_ops": 3}, "--rand-ops needs --auto-augment rand"),
         ({"auto_augment": "auto", "rand_magnitude": 3}, "--rand-magnitude needs --auto-augment rand"),
+        ({"rand_std": 1.5}, "--rand-std needs --auto-augment rand"),
+        ({"auto_augment": "trivial", "rand_chance": 0.5}, "--rand-chance needs --auto-augment rand"),
         ({"schedule": "constant", "min_lr": 0.0}, "--min-lr needs a --schedule that falls"),
         (
             {"decay_steps": 3, "decay_rate": 0.5},

@@ -10,7 +10,7 @@ import torch
 
 from vitrail.models.registry import build_model
 from vitrail.tasks.classify import Classify
-from vitrail.train.entropy import entropy, layer_entropies
+from vitrail.train.entropy import entropy, layer_entropies, said
 
 
 def sharpen(task: Classify, block: int) -> None:
@@ -54,13 +54,19 @@ def test_it_is_named_once_and_stands_in_the_history(train, make_task, tmp_path, 
     history = train(task, out=tmp_path, epochs=3, lr=1e-8)
     told = [message for message in caplog.messages if "attention looks at single tokens" in message]
     assert len(told) == 1
-    assert told[0].startswith("epoch 1: attention looks at single tokens in layer 2 (0.0")
+    assert told[0].startswith("epoch 1: attention looks at single tokens in layer 2 (under 0.001), with less than 0.02")
     assert "--entropy-floor 0" in told[0] and "qk_norm" in told[0]
     assert all(0 <= value < 0.02 for value in history["attention_entropy"])
     with (tmp_path / "history.csv").open() as file:
         row = next(csv.DictReader(file))
     assert float(row["attention_entropy"]) == history["attention_entropy"][0]
     assert "val_accuracy" in row, "validation's figures stand beside it"
+
+
+def test_what_is_below_a_floor_is_not_said_to_be_at_it():
+    assert [said(value) for value in (0.0199999, 0.5, 0.001, 0.00099, 0.0)] == [
+        "0.019", "0.500", "0.001", "under 0.001", "under 0.001",
+    ]  # fmt: skip
 
 
 def test_it_is_named_again_once_it_had_recovered(train, make_task, caplog):

@@ -418,6 +418,22 @@ def test_one_line_says_what_is_trained(freeze, said, make_task, caplog):
         assert caplog.messages == [f"--freeze {freeze} trains {said}"]
 
 
+def test_a_run_that_is_gone_on_with_says_what_is_trained_by_then(make_task, train, tmp_path, caplog):
+    caplog.set_level("INFO", logger="vitrail")
+    for epochs in (2, 3, 6):
+        caplog.clear()
+        train(make_task(), out=tmp_path, freeze="gradual:2", epochs=epochs, resume=epochs > 2)
+        said = [message.split(" trains ")[1] for message in caplog.messages if " trains " in message]
+        heads = "83 of 7,523 parameters (1.1 %): backbone.norm.weight"
+        more = "3,363 of 7,523 parameters (45 %): backbone.blocks.1.norm1.weight"
+        assert said[0].startswith(heads if epochs == 2 else more)
+        assert said[0].endswith("; later one layer more at a time")
+    with tuned(task := make_task(), "gradual:2"):
+        caplog.clear()
+        say_trained(task, "gradual:2", 6)
+        assert "7,523 of 7,523" in caplog.messages[0] and "later" not in caplog.messages[0]
+
+
 def test_a_setting_of_frozen_layers_does_nothing(caplog):
     say_idle(TrainConfig(freeze="backbone", drop_path=0.1))
     assert caplog.messages == [

@@ -58,20 +58,60 @@ def test_a_head_of_the_same_classes_is_kept(weights: Path, caplog: pytest.LogCap
     assert (model.variant, model.classes, model.training) == ("vit_debug", CLASSES, True)
 
 
-@pytest.mark.parametrize("classes", [("bee", "ant", "cat"), ("ant", "bee", "cat", "dog")])
-def test_other_classes_get_a_fresh_head(weights: Path, classes: tuple[str, ...], caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("classes", "unlike"),
+    [
+        (("bee", "ant", "cat"), "the same in another order"),
+        (("ant", "bee", "cat", "dog"), "with dog"),
+        (("ant", "cat", "fly"), "without bee; with fly"),
+    ],
+)
+def test_other_classes_get_a_fresh_head(
+    weights: Path, classes: tuple[str, ...], unlike: str, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level("INFO", logger="vitrail")
     model, again, trained = (
         begun(weights, some_splits(classes=classes)),
         begun(weights, some_splits(classes=classes)),
         load_model(weights),
     )
-    assert caplog.messages[0] == f"{weights}: a fresh head for {len(classes)} classes, in the place of one for 3"
+    assert (
+        caplog.messages[0] == f"{weights}: a fresh head for {len(classes)} classes, in the place of one for 3: {unlike}"
+    )
     assert (model.num_classes, model.config.num_classes, model.classes) == (len(classes), len(classes), classes)
     assert not model.head.bias.any()
     assert torch.equal(model.head.weight, again.head.weight), "it is drawn from the seed"
     assert not torch.equal(model.head.weight[:3], trained.head.weight)
     assert torch.equal(model.blocks[1].mlp.fc1.weight, trained.blocks[1].mlp.fc1.weight)
+
+
+def test_a_head_of_classes_without_names(weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="vitrail")
+    torch.save(load_model(weights).state_dict(), tmp_path / "plain.pth")
+    begun(tmp_path / "plain.pth", some_splits())
+    assert f"{tmp_path / 'plain.pth'}: a fresh head for 3 classes, in the place of one for 3" in caplog.messages
+
+
+def test_a_head_that_reads_something_else(weights: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="vitrail")
+    assert begun(weights, some_splits(), global_pool="token").head.weight.equal(load_model(weights).head.weight)
+    caplog.clear()
+    model, trained = begun(weights, some_splits(), global_pool="avg"), load_model(weights)
+    assert caplog.messages[0] == f"{weights}: its head read token; now it reads avg"
+    assert caplog.messages[1] == f"{weights}: a fresh head for 3 classes, in the place of one for 3"
+    assert model.config.global_pool == "avg" and not torch.equal(model.head.weight, trained.head.weight)
+    own, taken = model.state_dict(), trained.state_dict()
+    assert own.keys() == taken.keys() and all(
+        torch.equal(own[name], taken[name]) for name in own if not name.startswith("head.")
+    )
+    again = begun(weights, some_splits(), global_pool="map")
+    assert torch.equal(again.norm.weight, trained.norm.weight) and again.attn_pool is not None
+
+
+def test_a_pooling_that_a_model_has_not(tmp_path: Path):
+    build_model("resnet_debug", num_classes=3).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match=r"resnet_debug takes no --global-pool; got avg: leave it out"):
+        begun(tmp_path / "resnet", some_splits(), global_pool="avg")
 
 
 def test_the_size_is_the_images_and_the_preprocessing_the_weights(weights: Path, caplog: pytest.LogCaptureFixture):

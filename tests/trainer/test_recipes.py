@@ -12,6 +12,7 @@ from PIL import Image
 from vitrail.models.registry import ROWS, resolve_name
 from vitrail.train.config import TrainConfig
 from vitrail.trainer import run_training
+from vitrail.weights.load import load_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHARED = set(CONFIGS.rglob("training.yaml"))
@@ -49,6 +50,7 @@ def test_what_recipes_share_stands_in_one_file():
     ("name", "batch", "lr", "epochs"),
     [
         ("vit_base_patch16", 4096, 3e-3, 300),
+        ("vit_base_patch16_avg", 1024, 1e-3, 300),
         ("vit_large_patch16", 1024, 0.5, 600),
         ("deit_base_patch16", 1024, 1e-3, 300),
         ("swin_tiny", 1024, 1e-3, 300),
@@ -59,6 +61,19 @@ def test_published_batches_and_rates(name: str, batch: int, lr: float, epochs: i
     config = TrainConfig.from_yaml(CONFIGS / "imagenet" / f"{name}.yaml")
     assert config.batch_size * config.devices * config.num_nodes * config.accumulate == batch
     assert (config.numbers().lr, config.epochs) == (lr, epochs)
+
+
+def test_the_two_recipes_of_one_row_read_other_tokens():
+    pools = {TrainConfig.from_yaml(path).global_pool for path in IMAGENET if path.stem.startswith("vit_base_patch16")}
+    assert pools == {"auto", "avg"}
+
+
+@pytest.mark.parametrize("name", ["deit_base_patch16", "swin_tiny", "swin_base"])
+def test_strengths_that_are_drawn_as_timms(name: str):
+    """rand-m9-mstd0.5: 9 and 0.5 of 10, each operation by half."""
+    config = TrainConfig.from_yaml(CONFIGS / "imagenet" / f"{name}.yaml")
+    assert (config.auto_augment, config.rand_ops, config.rand_chance) == ("rand", 2, 0.5)
+    assert (config.rand_magnitude / 30, config.rand_std / 30) == (0.9, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +103,6 @@ def test_an_imagenet_recipe_runs_from_end_to_end(path: Path, imagenet: Path, tmp
     )  # fmt: skip
     history = run_training(run)
     assert history.rows[-1]["train_loss"] > 0 and "val_accuracy" in history.rows[-1]
+    wanted = {"auto": {"token", "none"}}.get(config.global_pool, {config.global_pool})
+    assert getattr(load_model(tmp_path / "run").config, "global_pool", "none") in wanted
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "model").is_dir()

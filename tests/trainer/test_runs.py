@@ -147,6 +147,36 @@ def test_sizes_to_come_are_told(config: TrainConfig, tmp_path: Path, caplog: pyt
         run_training(replace(config, out=str(tmp_path), epochs=4, grow_from=16, grow_until=0.5))
     plan = "16 pixels from epoch 1 on, 24 pixels from epoch 2 on, 32 pixels from epoch 3 on"
     assert f"training images have a short side of {plan}" in caplog.messages
+    assert not any("do not get to" in message for message in caplog.messages)
+
+
+@pytest.mark.usefixtures("wiring")
+@pytest.mark.parametrize(
+    ("size", "until", "debug", "batches"), [(4, 0.75, False, 1), (1, 1.0, False, 4), (1, 1.0, True, 4)]
+)
+def test_a_run_that_ends_before_its_images_have_grown_says_so(
+    size: int, until: float, debug: bool, batches: int, config: TrainConfig, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    short = replace(config, out=str(tmp_path), epochs=1, batch_size=size, grow_from=16, grow_until=until, debug=debug)
+    with pytest.raises(Stop):
+        run_training(short)
+    assert caplog.messages[-1] == (
+        f"training images do not get to their full 32 pixels in this run (batches: {batches}): give more --epochs, or a "
+        "smaller --grow-until"
+    )
+
+
+@pytest.mark.usefixtures("wiring")
+def test_a_guard_on_attention_does_nothing_where_there_is_none(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for model in ("vit_debug", "resnet_debug", "convnext_debug"):
+        caplog.clear()
+        with pytest.raises(Stop):
+            run_training(replace(config, model=model, out=str(tmp_path), entropy_floor=0.1))
+        idle = "these settings do nothing here: --entropy-floor needs a model with attention"
+        assert (idle in caplog.messages) == (model != "vit_debug")
 
 
 @pytest.mark.usefixtures("wiring")
@@ -317,6 +347,18 @@ def test_a_dropout_that_a_model_has_not():
     with pytest.raises(ValueError, match=r"resnet_debug takes no --drop-path; got 0\.1: leave it out"):
         make_model(TrainConfig(model="resnet_debug", drop_path=0.1), some_splits())
     assert make_model(TrainConfig(model="resnet_debug", drop_rate=0.1), some_splits()).config.drop_rate == 0.1
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_a_model_reads_what_the_run_says(pool: str):
+    model = make_model(TrainConfig(model="vit_debug", global_pool=pool), some_splits())
+    assert model.config.global_pool == pool
+
+
+def test_a_pooling_that_a_model_has_not():
+    assert make_model(TrainConfig(model="vit_debug"), some_splits()).config.global_pool == "token", "its row's"
+    with pytest.raises(ValueError, match=r"resnet_debug takes no --global-pool; got avg: leave it out"):
+        make_model(TrainConfig(model="resnet_debug", global_pool="avg"), some_splits())
 
 
 def test_a_loader_for_every_part():

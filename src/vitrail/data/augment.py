@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -61,7 +62,12 @@ class AugmentConfig:
     rand_ops: int = 2
     """RandAugment: operations an image"""
     rand_magnitude: int = 9
-    """RandAugment: strength, 0 to 30"""
+    """RandAugment: strength, 0 to 30; three times timm's, which ends at 10"""
+    rand_std: float = 0.0
+    """RandAugment: standard deviation of the strength, drawn for each operation and kept in 0 to 30; timm's mstd 0.5 is
+    1.5 here"""
+    rand_chance: float = 1.0
+    """RandAugment: probability of each operation; timm's is 0.5"""
     mixup: float = 0.0
     """alpha of mixup's Beta(alpha, alpha); 0 is off. With cutmix on too, each batch gets one of the two"""
     cutmix: float = 0.0
@@ -79,6 +85,8 @@ class AugmentConfig:
         require(0 < self.crop_scale <= 1, "crop_scale", "lie in (0, 1]", self.crop_scale)
         require(self.rand_ops >= 1, "rand_ops", "be at least 1", self.rand_ops)
         require(0 <= self.rand_magnitude <= BINS, "rand_magnitude", f"lie in 0 to {BINS}", self.rand_magnitude)
+        require(0 <= self.rand_std <= BINS, "rand_std", f"lie in 0 (all of one strength) to {BINS}", self.rand_std)
+        require(0 < self.rand_chance <= 1, "rand_chance", "lie in (0, 1]", self.rand_chance)
         for name in ("mixup", "cutmix"):
             alpha = getattr(self, name)
             require(alpha == 0 or ALPHA[0] <= alpha <= ALPHA[1], name, "be 0 (off) or lie in [0.001, 1000]", alpha)
@@ -208,8 +216,10 @@ class BatchAugment:
 
 def _policy(config: AugmentConfig, preprocess: Preprocess) -> Callable[[int, int, int], Drawn] | None:
     if config.auto_augment == "rand":
-        ops, magnitude = config.rand_ops, config.rand_magnitude
-        return lambda count, height, width: draw_rand(count, height, width, ops=ops, magnitude=magnitude)
+        return partial(
+            draw_rand, ops=config.rand_ops, magnitude=config.rand_magnitude, std=config.rand_std,
+            chance=config.rand_chance,
+        )  # fmt: skip
     fitting = "cifar10" if max(preprocess.img_size) <= SMALL_SIDE else "imagenet"
     return POLICIES.get(fitting if config.auto_augment == "auto" else config.auto_augment)
 

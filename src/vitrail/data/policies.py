@@ -98,10 +98,21 @@ def draw_auto(table: str, count: int, height: int, width: int) -> Drawn:
     return _levelled(op, policy.magnitude[rows], level_ranges(height, width))
 
 
-def draw_rand(count: int, height: int, width: int, *, ops: int = 2, magnitude: int = 9) -> Drawn:
-    """RandAugment (Cubuk et al. 2020): `ops` operations an image, all of one magnitude (0 … 30)."""
+def draw_rand(
+    count: int, height: int, width: int, *, ops: int = 2, magnitude: int = 9, std: float = 0.0, chance: float = 1.0
+) -> Drawn:
+    """RandAugment (Cubuk et al. 2020): `ops` operations an image, all of one magnitude (0 … 30).
+
+    With `std` each operation has its own, normal around that; with `chance` it is done with that probability. Both are
+    timm's, with which DeiT and Swin are trained.
+    """
     op = torch.randint(len(NAMES) - 1, (count, ops))  # all but the last, invert
-    return _levelled(op, torch.full(op.shape, magnitude / BINS), level_ranges(height, width))
+    if chance < 1:
+        op = torch.where(torch.rand(op.shape) < chance, op, NAMES.index("identity"))
+    strength = torch.full(op.shape, float(magnitude))
+    if std:
+        strength = torch.normal(strength, std).clamp(0, BINS)
+    return _levelled(op, strength / BINS, level_ranges(height, width))
 
 
 def draw_trivial(count: int, height: int, width: int) -> Drawn:

@@ -84,13 +84,19 @@ class Sizes:
         grown = int(steps * progress / self.config.grow_until)
         return (first + min(steps, grown) * self.cell) / least
 
-    def plan(self, epochs: int) -> str:
-        """In words: which sizes come when, for those who wait. Empty where images keep their size."""
+    def grows_up(self, total: int) -> bool:
+        """Whether the last of so many batches has the full size."""
+        return self._grown((total - 1) / total) == 1
+
+    def plan(self, epochs: int, batches: int) -> str:
+        """In words: which sizes come when, for those who wait, in epochs of so many batches. Empty where none does."""
         if self.config.grow_from is None:
             return ""
         shares = [(round(min(self.full) * self._grown(epoch / epochs)), epoch + 1) for epoch in range(epochs)]
+        last = round(min(self.full) * self._grown(1 - 1 / (epochs * batches)))
+        within = f", {last} pixels within epoch {epochs}" if last > shares[-1][0] else ""
         stages = [(side, next(group)[1]) for side, group in groupby(shares, lambda share: share[0])]
-        return ", ".join(f"{side} pixels from epoch {epoch} on" for side, epoch in stages)
+        return ", ".join(f"{side} pixels from epoch {epoch} on" for side, epoch in stages) + within
 
 
 def resized(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:

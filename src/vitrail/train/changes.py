@@ -39,8 +39,12 @@ FREE = frozenset({
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
 ANEW = frozenset({"images", "batch_size", "repeats", "accumulate", "devices", "num_nodes", "seed", "debug"})
-SETTLED = frozenset({"val_fraction", "from_weights", "freeze"})
-"""what had its say when the run began: held-out images, and weights that it began with or froze, stay so"""
+SETTLED = {
+    "val_fraction": "images that were held out stay so; another share is for a new --out",
+    "from_weights": "begin with other weights in a new --out",
+    "freeze": "to train others of these weights, begin a new run with them: --from the run's folder, --freeze, --out",
+}
+"""what had its say when the run began, and what to do instead of changing it"""
 BESIDE = frozenset({"overridden", "trained"})
 """what is remembered and is no setting"""
 NAMED = 3
@@ -107,7 +111,7 @@ def go_on(
     message, for everything that differs and neither is free nor overridden; then for fewer epochs than are done.
     """
     names = [name.replace("-", "_") for name in override]
-    _check_names(names, set(now) - FREE - BESIDE - SETTLED)
+    _check_names(names, set(now) - FREE - BESIDE)
     state = read(checkpoint)
     before, done = settings(TrainConfig()) | {"teacher": None} | state["told"], len(state["history"]["rows"])
     fixed = [_named(change, checkpoint, loader) for change in changes(before, now) if change.name not in FREE]
@@ -165,7 +169,7 @@ def _stuck(state: Mapping[str, Any], fixed: list[Change], task: Task) -> Iterato
         yield f"other weights are trained, {never}: {_few(refrozen)}"
     for change in fixed:
         if change.name in SETTLED:
-            yield f"{change.what} had its say when the run began, {never}"
+            yield f"{change.what} had its say when the run began, {never}: {SETTLED[change.name]}"
 
 
 def _few(lines: list[str]) -> str:
@@ -192,6 +196,8 @@ def _refrozen(was: Mapping[str, bool], found: Mapping[str, bool]) -> Iterator[st
 
 def _check_names(override: list[str], known: set[str]) -> None:
     for name in override:
+        if name in SETTLED:
+            raise ValueError(f"--override cannot change {name}, which had its say when the run began: {SETTLED[name]}")
         if name not in known:
             close = closest(name, known)
             mend = f"did you mean {close}?" if close else "leave it out"

@@ -22,7 +22,7 @@ from vitrail.data.augment import AugmentConfig
 from vitrail.data.datasets import DataConfig
 from vitrail.data.sizes import SizeConfig
 from vitrail.files import write_whole
-from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
+from vitrail.names import POOLINGS, TRAIN_SPELLINGS, check_choice, normalise_kwargs, nothing, require, shortened
 from vitrail.tasks.distill import DistillConfig
 from vitrail.tasks.losses import LossConfig, LossName
 from vitrail.train.finetune import FinetuneConfig, freezing
@@ -31,6 +31,7 @@ from vitrail.train.optim import OptimConfig
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Log = Literal["csv", "tensorboard"]
+GlobalPool = Literal["auto", "token", "avg", "map"]
 LOG = logging.getLogger("vitrail")
 AUTO = "auto"
 """the model that is meant where none is named"""
@@ -40,11 +41,13 @@ SQUARES = "an --optimizer other than sgd"
 BCE, FOCAL, ASYMMETRIC = (f"--loss {name}" for name in ("bce", "focal", "asymmetric"))
 EFFECTIVE, TAUGHT, SOFT = "--class-weights effective", "--teacher", "--teacher and --distillation soft"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
+ATTENDING = "a model with attention"
 BLOCKS = "layers that are trained (another --freeze)"
 RESTING = ("backbone", "prompts", "deep_prompts")
 """where no layer of the network but its head is in training mode"""
 NEEDS = {
     "crop_pad": PAD, "pad_mode": PAD, "crop_scale": RESIZED, "rand_ops": RAND, "rand_magnitude": RAND,
+    "rand_std": RAND, "rand_chance": RAND,
     "grow_until": GROWN, "drop_path": BLOCKS,
     "min_lr": FALLING, "decay_epochs": FALLS, "decay_steps": FALLS, "decay_rate": FALLS, "restart_epochs": RESTARTS,
     "restart_steps": RESTARTS, "restart_factor": RESTARTS, "beta2": SQUARES,
@@ -52,6 +55,7 @@ NEEDS = {
     "asl_clip": ASYMMETRIC, "effective_beta": EFFECTIVE, "teacher_path": TAUGHT, "distillation": TAUGHT,
     "distillation_alpha": TAUGHT, "distillation_tau": SOFT,
     "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
+    "entropy_floor": ATTENDING,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "none"}
@@ -69,6 +73,9 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
     of --from are for"""
     out: str = "runs/run"
     """folder of the run: config, history, checkpoints, model"""
+    global_pool: GlobalPool = "auto"
+    """what the head reads: token (the class token), avg (the mean of the image's) or map (attention pooling); auto is
+    what the row or the weights have"""
     drop_path: float = 0.0
     """stochastic depth of the last block"""
     drop_rate: float = 0.0
@@ -119,8 +126,10 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
         self._check_words()
 
     def _check_words(self) -> None:
-        for name, kind in (("precision", Precision), ("device", Device), ("log", Log)):
-            check_choice(f"--{name}", getattr(self, name), get_args(kind))
+        object.__setattr__(self, "global_pool", POOLINGS.get(self.global_pool, self.global_pool))
+        kinds = {"precision": Precision, "device": Device, "log": Log, "global_pool": GlobalPool}
+        for name, kind in kinds.items():
+            check_choice(_flag(name), getattr(self, name), get_args(kind))
         refused = self.precision == "fp16" and self.device == "cpu"
         require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
 
@@ -190,10 +199,11 @@ def _naming(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) -> None:
+def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True, attends: bool = True) -> None:
     """Tells the logger `vitrail`, in one line, which settings do nothing, and what each would need.
 
-    `kept` and `validated` say whether the run has a folder and validation images.
+    `kept` and `validated` say whether the run has a folder and validation images, `attends` whether its model is one
+    with attention.
     """
     schedule = config.numbers().schedule
     there = {
@@ -212,6 +222,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True) 
         FETCHED: config.data in ("cifar10", "cifar100"),
         KEPT: kept,
         VALIDATED: validated,
+        ATTENDING: attends,
         BLOCKS: freezing(config.freeze).kind not in RESTING,
     }
     idle = [name for name in config.changes() if name in NEEDS and not there[NEEDS[name]]]

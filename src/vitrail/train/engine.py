@@ -132,7 +132,7 @@ def fit(
         resumed = newest_whole(folder / "checkpoints") if folder and resume else None
         start = go_on(resumed, now, task, override, train_loader) if resumed else Start(now)
         if config.freeze != "none":
-            say_trained(task, config.freeze)
+            say_trained(task, config.freeze, start.done)
         return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
 
 

@@ -58,7 +58,7 @@ class EntropyGuard(Callback):
         self.record.figures["attention_entropy"] = min(found.values())
         low = {layer for layer, entropy in found.items() if entropy < self.floor}
         if new := sorted(low - self.low):
-            named = ", ".join(f"{layer} ({found[layer]:.3f})" for layer in new)
+            named = ", ".join(f"{layer} ({said(found[layer])})" for layer in new)
             LOG.warning(
                 "epoch %d: attention looks at single tokens in layer %s, with less than %g of the entropy of looking "
                 "at all: training often diverges after this: %s, or silence it with --entropy-floor 0",
@@ -84,3 +84,8 @@ def entropy(weights: Tensor) -> float:
     """(…, K) rows that sum to 1 -> the mean of their entropies, as a share of log K."""
     most = math.log(weights.shape[-1])
     return float((-weights.xlogy(weights)).sum(-1).mean()) / most
+
+
+def said(entropy: float) -> str:
+    """An entropy with three digits, the rest cut off: what is below a floor is not rounded up to it."""
+    return f"{math.floor(entropy * 1000) / 1000:.3f}" if entropy >= 1e-3 else "under 0.001"

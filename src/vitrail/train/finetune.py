@@ -184,16 +184,16 @@ def tuned(task: Task, freeze: str, seed: int = 0) -> Iterator[None]:
             module.training = mode
 
 
-def say_trained(task: Task, freeze: str) -> None:
-    """Tells the logger `vitrail`, in one line, what a task that is `tuned` trains; at first, where that changes."""
+def say_trained(task: Task, freeze: str, epoch: int = 0) -> None:
+    """Tells the logger `vitrail`, in one line, what a task that is `tuned` trains; in `epoch` where that changes."""
     kind, number = freezing(freeze)
-    trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
-    trained &= unfrozen(task, number, 0) if kind == "gradual" else trained
+    free = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+    trained = free & unfrozen(task, number, epoch) if kind == "gradual" else free
     sizes = {name: parameter.numel() for name, parameter in task.named_parameters()}
     count, total = sum(sizes[name] for name in trained), sum(sizes.values())
     names = [name for name in sizes if name in trained]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    later = "; later one layer more at a time" if kind == "gradual" else ""
+    later = "; later one layer more at a time" if trained != free else ""
     LOG.info(
         "--freeze %s trains %s of %s parameters (%.2g %%): %s%s%s", freeze, f"{count:,}", f"{total:,}",
         100 * count / total, ", ".join(names[:NAMED]), more, later,

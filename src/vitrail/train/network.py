@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from torch import nn
 
 from vitrail.data.datasets import describe
 from vitrail.data.imagesets import Splits
@@ -23,6 +24,8 @@ from vitrail.train.config import AUTO, TrainConfig
 from vitrail.train.finetune import PROMPTS, freezing, prompted, rebuilt
 from vitrail.weights.load import create_model, open_weights, say_row
 
+NAMED = 3
+"""classes that a message names"""
 LOG = logging.getLogger("vitrail")
 
 
@@ -67,9 +70,10 @@ def _fresh(config: TrainConfig, splits: Splits) -> Backbone:
     say_row(name, row, min(preprocess.img_size))
     if config.freeze != "none":
         LOG.warning("--freeze %s freezes weights that are drawn at random: --from names trained ones", config.freeze)
+    known = {f.name for f in fields(FAMILIES[ROWS[row]].config)}
     model = create_model(
         row, img_size=preprocess.img_size, in_chans=preprocess.in_chans, num_classes=len(splits.classes),
-        **_dropouts({f.name for f in fields(FAMILIES[ROWS[row]].config)}, row, config),
+        **_dropouts(known, row, config), **_pooling(known, row, config),
     )  # fmt: skip
     model.preprocess = preprocess
     _say_size(model, "as --img-size says" if config.img_size else "its own size" if native else "the images' own size")
@@ -84,6 +88,7 @@ def _begun(config: TrainConfig, splits: Splits) -> Backbone:
     dropouts = _dropouts({f.name for f in fields(model.config)}, model.variant or model.family, config)
     if any(getattr(model.config, name) != value for name, value in dropouts.items()):
         model = rebuilt(model, **dropouts)
+    model = _pooled(model, config)
     fit_head(model, splits.classes, config.from_weights)
     model.preprocess = _prepared(model, splits)
     why = "as --img-size says" if config.img_size else "the images' own size" if own else "the weights' own size"
@@ -91,14 +96,41 @@ def _begun(config: TrainConfig, splits: Splits) -> Backbone:
     return model
 
 
+def _pooled(model: Backbone, config: TrainConfig) -> Backbone:
+    """The network with the pooling that the run asks for; its norm stays where it is, for its weights are for there.
+
+    A head that read something else is none for it: `classes` is emptied.
+    """
+    known = {f.name for f in fields(model.config)}
+    asked = _pooling(known, model.variant or model.family, config)
+    if not asked or asked["global_pool"] == model.config.global_pool:
+        return model
+    late = {"fc_norm": not isinstance(model.fc_norm, nn.Identity)} if "fc_norm" in known else {}
+    was, made = model.config.global_pool, rebuilt(model, **asked, **late)
+    made.classes = ()
+    LOG.info("%s: its head read %s; now it reads %s", config.from_weights, was, config.global_pool)
+    return made
+
+
 def fit_head(model: Backbone, classes: tuple[str, ...], source: str) -> None:
     """A head for the classes of the data: the weights' own where it has the very same ones, else a fresh one."""
     if model.classes == classes and model.num_classes == len(classes):
         LOG.info("%s: its head is kept, for the same %d classes", source, model.num_classes)
         return
-    former, count = model.num_classes, len(classes)
+    former, was, count = model.num_classes, model.classes, len(classes)
     model.reset_classifier(count)
-    LOG.info("%s: a fresh head for %d classes, in the place of one for %d", source, count, former)
+    LOG.info(
+        "%s: a fresh head for %d classes, in the place of one for %d%s", source, count, former, _unlike(was, classes)
+    )
+
+
+def _unlike(was: tuple[str, ...], classes: tuple[str, ...]) -> str:
+    """How the classes of a head are not those of the data, where both have names."""
+    gone, new = ([name for name in one if name not in other] for one, other in ((was, classes), (classes, was)))
+    if not was:
+        return ""
+    said = [f"{word} {', '.join(names[:NAMED])}" for word, names in (("without", gone), ("with", new)) if names]
+    return f": {'; '.join(said)}" if said else ": the same in another order"
 
 
 def _prepared(model: Backbone, splits: Splits) -> Preprocess:
@@ -136,3 +168,12 @@ def _dropouts(known: set[str], name: str, config: TrainConfig) -> dict[str, Any]
         if value and field not in known:
             raise ValueError(f"{name} takes no {flag}; got {value}: leave it out")
     return {field: value for field, (_, value) in wanted.items() if field in known}
+
+
+def _pooling(known: set[str], name: str, config: TrainConfig) -> dict[str, Any]:
+    """What the head is to read, where the run says it. Raises `ValueError` for a model that has no such choice."""
+    if config.global_pool == AUTO:
+        return {}
+    if "global_pool" not in known:
+        raise ValueError(f"{name} takes no --global-pool; got {config.global_pool}: leave it out")
+    return {"global_pool": config.global_pool}

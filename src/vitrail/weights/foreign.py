@@ -19,9 +19,9 @@ from vitrail.folder import CONFIG, WEIGHTS, find_folder, read_weights
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone, PositionTable
 from vitrail.models.config import spelled, tuples
-from vitrail.models.registry import ROWS
+from vitrail.models.registry import FAMILIES, ROWS
 from vitrail.names import shortened
-from vitrail.records import Preprocess
+from vitrail.records import ModelCard, Preprocess
 from vitrail.weights.doctor import fitting_rows
 from vitrail.weights.fetch import FetchError, Unreachable, fetch_from_hub, fetch_parts
 from vitrail.weights.fit import RGB, Report, Rest, can_be_resized, fitted, guessed_table, put, tell
@@ -275,10 +275,13 @@ def model_of_file(
 
 
 def base_by(file: File, row: str = "") -> Base:
-    """The network that a file is for: `row` where one is named, what transformers' config says, or what its shapes fit.
+    """The network that a file is for: `row` where one is named, what the card of its run says, what transformers'
+    config says, or what its shapes fit.
 
     Raises `CheckpointError` where there is none, or transformers' config is of a kind that is not read.
     """
+    if file.beside.card is not None and not row:
+        return _of_card(file, file.beside.card)
     if file.said is not None:
         made = _as_row(file.said, [row] if row else fitting_rows(file.tensors, file.favoured))
         return base_of(row) if row and not made.row else made
@@ -291,6 +294,16 @@ def base_by(file: File, row: str = "") -> Base:
         f"{file.where}: no network here has these shapes; `vitrail inspect` shows the nearest: build it yourself "
         "and use load_weights(model, path)"
     )
+
+
+def _of_card(file: File, card: ModelCard) -> Base:
+    """The network that a card says, held against the weights before it is built."""
+    try:
+        check_plausible(file.where, card.config, file.tensors)
+        said = {name: tuples(value) for name, value in card.config.items()}
+        return Base(card.family, FAMILIES[card.family].config(**said), card.name)
+    except (TypeError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{file.where}: the card of its run says no network of this package: {error}") from None
 
 
 def _as_row(said: Base, rows: Sequence[str]) -> Base:

@@ -2,6 +2,7 @@
 
     config.json               ours; timm's (`architecture`, `pretrained_cfg`); transformers' (`model_type`, `id2label`)
     preprocessor_config.json  transformers' (`preprocessing` reads it)
+    splits.json               a run's of this package, around its checkpoints; once it is done, model/config.json first
 
 Files of others are read with care: whatever is missing or strange is left unknown, never guessed.
 """
@@ -22,6 +23,9 @@ from vitrail.weights.preprocessing import PROCESSOR, of_timm, of_transformers
 from vitrail.weights.timm_configs import from_timm
 
 LONGEST_LIST = 100
+RECORD, CHECKPOINTS, MODEL, CHECKPOINT = "splits.json", "checkpoints", "model", ".ckpt"
+"""what a run folder holds that says something of its checkpoints, and their ending"""
+ALONE = "no run folder is around it, which would say what its classes are and how images were prepared"
 NULLABLE = ("init_values", "ref_feat_shape", "fc_norm")
 """timm's arguments that `null` says something of"""
 
@@ -49,17 +53,39 @@ class Sidecar:
 def read_sidecar(path: Path) -> Sidecar:
     """What lies beside a file of weights, or in their folder. What cannot be read counts as not there.
 
-    Raises `FolderError` for a card of this package that is damaged.
+    Of a run's checkpoint it is what its run says. Raises `FolderError` for a card of this package that is damaged.
     """
-    folder = path if path.is_dir() else path.parent
+    folder, run = path if path.is_dir() else path.parent, _run_around(path)
+    if run and not path.is_dir() and (run / MODEL / CONFIG).is_file():
+        folder = run / MODEL
     config = _json(folder / CONFIG)
     if {"family", "config"} <= config.keys() or isinstance(_json(folder / MANIFEST).get("files"), dict):
         card = read_card(folder)
         return Sidecar(card.preprocess, card.classes, card.name, card=card)
     if "architecture" in config:
         return _of_timm(config)
+    if run and not config:
+        return _of_run(_json(run / RECORD))
     processor = _json(folder / PROCESSOR)
+    if path.suffix == CHECKPOINT and not config and not processor:
+        return Sidecar(remarks=(ALONE,))
     return _of_transformers(config, None if not processor and (folder / PROCESSOR).exists() else processor)
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run folder that a path is, or lies in."""
+    places = (path, path.parent, path.parent.parent)
+    return next((place for place in places if (place / CHECKPOINTS).is_dir() and (place / RECORD).is_file()), None)
+
+
+def _of_run(record: Mapping[str, Any]) -> Sidecar:
+    """What a run remembers of its images, before it is done."""
+    try:
+        prepared = Preprocess.from_dict(record["preprocess"])
+    except (LookupError, TypeError, ValueError):
+        prepared = None
+    remarks = () if prepared else (f"{RECORD} of the run is damaged",)
+    return Sidecar(prepared, _classes(record.get("classes")), remarks=remarks)
 
 
 def _json(file: Path) -> dict[str, Any]:
