@@ -38,7 +38,7 @@ from vitrail.train.ema import FreeAverage, WeightEma, averaged, copy_into
 from vitrail.train.entropy import EntropyGuard
 from vitrail.train.finetune import freezing, merge, say_trained, tuned
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
-from vitrail.train.history import HistoryLog, LossMeter, Reading
+from vitrail.train.history import HistoryLog, LossMeter, Reading, Waits
 from vitrail.train.imagelist import write_list
 from vitrail.train.optim import make_optimizer
 from vitrail.train.progress import ProgressBar, quiet
@@ -369,8 +369,8 @@ def _open_folder(folder: Path, loader: Loader) -> None:
 
 
 def _run(trainer: Trainer, job: Job, record: HistoryLog) -> None:
-    val = EpochLoader(job.val_loader, trainer) if job.val_loader is not None else None
-    train, checkpoint = EpochLoader(job.train_loader, trainer), job.start.checkpoint
+    val = EpochLoader(job.val_loader, trainer, Waits()) if job.val_loader is not None else None
+    train, checkpoint = EpochLoader(job.train_loader, trainer, record.waits), job.start.checkpoint
     # By it PyTorch hears of a worker that died. It is set once in a process, with the first workers; were those the
     # run's, Lightning would take it away with its own handlers, and later loaders would wait out their timeout.
     _set_SIGCHLD_handler()
