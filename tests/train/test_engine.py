@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 import re
-import sys
 import threading
 import time
 import warnings
@@ -297,22 +296,6 @@ def test_the_share_of_an_epoch_that_waits_for_images(train, make_task, images):
     config = TrainConfig(epochs=2, device="cpu", entropy_floor=0)
     history = fit(task, Slow(batches), Slow(batches * 3), config, augment=learn)
     assert all(0.15 < share < 0.34 for share in history["data_wait"]), history["data_wait"]
-
-
-def test_tensorboard(train, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    history = train(epochs=2, log="tensorboard", out=tmp_path)
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("val_accuracy")] == [1, 2]
-    assert [e.value for e in board.Scalars("train_loss")] == pytest.approx(history["train_loss"])
-
-
-def test_tensorboard_is_asked_for_by_its_pip_line(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'vitrail\[logging\]'"):
-        train(log="tensorboard", out=tmp_path)
 
 
 def test_a_device_that_is_not_here_is_refused(train, monkeypatch):
