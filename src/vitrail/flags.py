@@ -41,7 +41,8 @@ def parse(prog: str, command: Callable[..., None], words: list[str]) -> tuple[li
     words = _spelled(parser, words)
     found = _read(parser, words)
     for kind in (hints[name] for name in parameters if is_dataclass(hints[name])):
-        parser.set_defaults(_saved(kind, found["config"], found["resume"]))
+        saved = _saved(kind, found["config"], found["resume"])
+        parser.set_defaults({name: list(v) if isinstance(v, tuple) else v for name, v in saved.items()})
         found = _read(parser, words)
     positional, flags = [], {}
     for parameter in parameters.values():
@@ -79,6 +80,8 @@ class _Parser(ArgumentParser):
             self.bare[name] = BARE_WORDS[name]
         if NoneType in get_args(kind) and str not in get_args(kind):
             self.optional.add(name)
+        if get_origin(kind) is tuple:  # of any length
+            kind, options = get_args(kind)[0], {**options, "nargs": "+", "default": list(options["default"])}
         group.add_argument(f"--{name}", type=kind, **options)
 
     def flags(self) -> set[str]:

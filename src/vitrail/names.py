@@ -92,6 +92,8 @@ TRAIN_SPELLINGS = {
     "teacher_model": "teacher",
     "teacher_weights": "teacher_path",
     "distillation_type": "distillation",
+    "report_to": "log",
+    "logger": "log",
     "from": "from_weights",
     "pretrained": "from_weights",
     "finetune": "from_weights",

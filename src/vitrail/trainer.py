@@ -44,6 +44,7 @@ from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
 from vitrail.train.engine import DEBUG_BATCHES, fit, refuse_start
 from vitrail.train.finetune import prompted
+from vitrail.train.loggers import conclude_logs, run_logs
 from vitrail.train.network import make_model, network_record, row_named
 from vitrail.train.resume import Loader, refuse_uneven
 from vitrail.train.task import make_task
@@ -53,7 +54,7 @@ LOG = logging.getLogger("vitrail")
 DEMO = files("vitrail") / "assets" / "demo.yaml"
 RUN = (
     "config.yaml", "splits.json", "history.csv", "metrics.json", "report.html", "checkpoints", "model", "tensorboard",
-    "bad_images.csv", "images.jsonl",
+    "wandb", "mlflow", "loggers.json", "bad_images.csv", "images.jsonl",
 )  # fmt: skip
 """what a run folder holds"""
 SETTLED = {f.name for part in (DataConfig, AugmentConfig, SizeConfig) for f in fields(part)} - {"seed"} | {
@@ -75,6 +76,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, override: Collect
     """
     out = Path(config.out)
     check_workers(config.workers)
+    run_logs(config, out)  # a package that is missing is said before anything is written
     resolve_name(row_named(config))
     demo = not resume and config == demo_config(config.out)
     if not demo:
@@ -115,7 +117,8 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
             if resume:  # only now: a resume that was refused changes nothing
                 write_whole(out / "splits.json", json.dumps(record, indent=1))
             best = Classify(load_model(out).to(pick_device(config.device)))
-            report_run(out, best, test, history, _facts(config, splits, model), bad)
+            figures = report_run(out, best, test, history, facts := _facts(config, splits, model), bad)
+            conclude_logs(config, out, facts.split, figures, len(history))
     return history
 
 
@@ -365,7 +368,10 @@ class ViTTrainer:
                 if out and held_out is not None:
                     facts = self._facts(given, "val" if test_loader is None else "test")
                     with _kept(out):
-                        report_run(out, task.to(pick_device(config.device)), held_out, history, facts, bad)
+                        task.to(pick_device(config.device))
+                        conclude_logs(
+                            config, out, facts.split, report_run(out, task, held_out, history, facts, bad), len(history)
+                        )
                     task.cpu()
         return history
 
@@ -388,7 +394,8 @@ def _as_constructed(model: Backbone) -> bool:
 
 
 def _facts(config: TrainConfig, splits: Splits, model: Backbone) -> RunFacts:
-    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in config.changes().items()]
+    said = {name: value if isinstance(value, tuple) else (value,) for name, value in config.changes().items()}
+    flags = [f"--{name.replace('_', '-')} {shlex.join(map(str, words))}" for name, words in said.items()]
     return RunFacts(
         title=f"{model.variant or model.family} on {config.data}",
         command=" ".join(["vitrail train", *flags]),

@@ -187,6 +187,14 @@ def test_a_run_without_history_or_examples_has_no_such_section():
     assert "Some of its answers" not in bare.text
 
 
+def test_the_time_that_waits_for_images_is_told_where_it_is_known(page):
+    rows = [{"epoch": 1.0, "train_loss": 1.0, "data_wait": share} for share in (0.5, 0.1)]
+    assert (
+        "waiting for images 30.0% of the time of training" in Page(training_report(report(history=History(rows)))).text
+    )
+    assert "waiting for images" not in page.text
+
+
 def test_a_class_without_images_or_answers_has_a_dash():
     scores = torch.tensor([1.0, float("nan"), float("nan")])
     confusion = torch.tensor([[5, 0, 0], [0, 0, 0], [0, 0, 0]])

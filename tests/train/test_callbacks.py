@@ -1,11 +1,10 @@
-"""Signals, and TensorBoard without a run around it."""
+"""Signals, and what follows runs with workers."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,20 +14,7 @@ from torch.utils.data._utils import signal_handling
 from vitrail.data.imagesets import TensorSet
 from vitrail.data.loading import make_loader
 from vitrail.data.watch import LoaderError
-from vitrail.records import History
-from vitrail.train.callbacks import StopOnSignal, TensorBoardLog, handlers_kept
-
-MAIN = SimpleNamespace(is_global_zero=True)
-
-
-def test_tensorboard_takes_back_what_was_written_after_the_checkpoint(tmp_path, monkeypatch):
-    """A run that was stopped in epoch 3 and resumed after epoch 2 writes epoch 3 again."""
-    pytest.importorskip("tensorboard")
-    record = SimpleNamespace(history=History(rows=[{"epoch": 1}, {"epoch": 2}]))
-    board, opened = TensorBoardLog(record, tmp_path), []
-    board._open = lambda folder, purge_step: opened.append((folder, purge_step))
-    board.on_train_start(MAIN, None)
-    assert opened == [(str(tmp_path), 3)]
+from vitrail.train.callbacks import StopOnSignal, handlers_kept
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_every_field_of_the_run_says_what_it_is():
         ("precision", "bf61", "--precision must be one of fp32, bf16, fp16; got 'bf61': did you mean bf16"),
         ("device", "gpu", "--device must be one of auto, cpu, cuda, mps; got 'gpu'"),
         ("global_pool", "mean_max", "--global-pool must be one of auto, token, avg, map; got 'mean_max'"),
-        ("log", "csb", "--log must be one of csv, tensorboard; got 'csb'"),
+        ("log", "csb", "--log must be one of csv, tensorboard, wandb, mlflow; got 'csb'"),
         ("batch_size", 0, "--batch-size must be at least 1; got 0"),
         ("mixup", -1, r"--mixup must be 0 \(off\) or lie in \[0.001, 1000\]; got -1"),
         ("seed", 10**30, r"--seed must lie in 0 to 2\*\*63 - 1; got 1000000"),

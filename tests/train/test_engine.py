@@ -6,8 +6,8 @@ import csv
 import json
 import logging
 import re
-import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_a_run_learns_and_leaves_its_folder(train, make_task, tmp_path, monkeypa
     }
     model = {f"runs/a/model/{name}" for name in ("model.safetensors", "config.json", "manifest.json")}
     assert files == kept | model | {f"runs/a/{name}" for name in ("config.yaml", "images.jsonl", "history.csv")}
-    assert set(history.rows[0]) == FIGURES | {"attention_entropy", "seconds", "images_per_second"}
+    assert set(history.rows[0]) == FIGURES | {"attention_entropy", "seconds", "images_per_second", "data_wait"}
     assert history["val_accuracy"][-1] > 0.9
     assert history["lr"][-1] == pytest.approx(1e-6)
     assert TrainConfig.from_yaml("runs/a/config.yaml").epochs == 6
@@ -277,20 +277,25 @@ def test_the_time_limit_ends_the_run_before_it_is_passed(train):
     assert train(epochs=2, max_minutes=10)["epoch"] == [1, 2]
 
 
-def test_tensorboard(train, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_the_share_of_an_epoch_that_waits_for_images(train, make_task, images):
+    """A third of the time of training at the most, since learning takes twice as long; validation does not count."""
 
-    history = train(epochs=2, log="tensorboard", out=tmp_path)
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("val_accuracy")] == [1, 2]
-    assert [e.value for e in board.Scalars("train_loss")] == pytest.approx(history["train_loss"])
+    class Slow(list):
+        def __iter__(self):
+            for item in super().__iter__():
+                time.sleep(0.02)
+                yield item
 
+    batches = [(images[0].images[:8], images[0].labels[:8])] * 6
+    task = make_task()
 
-def test_tensorboard_is_asked_for_by_its_pip_line(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'vitrail\[logging\]'"):
-        train(log="tensorboard", out=tmp_path)
+    def learn(batch, number, total):
+        time.sleep(0.04)
+        return task.backbone.preprocess.prepare(batch)
+
+    config = TrainConfig(epochs=2, device="cpu", entropy_floor=0)
+    history = fit(task, Slow(batches), Slow(batches * 3), config, augment=learn)
+    assert all(0.15 < share < 0.34 for share in history["data_wait"]), history["data_wait"]
 
 
 def test_a_device_that_is_not_here_is_refused(train, monkeypatch):

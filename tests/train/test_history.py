@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vitrail.train.finite import NonFiniteLoss, Place
-from vitrail.train.history import HistoryLog, LossMeter, Reading, write_csv
+from vitrail.train.history import HistoryLog, LossMeter, Reading, Waits, write_csv
 
 
 def reading(loss, images=2, batch=0, blame=None, labelled=None, **parts):
@@ -21,6 +22,19 @@ def reading(loss, images=2, batch=0, blame=None, labelled=None, **parts):
 
 def log(name, mode):
     return HistoryLog(LossMeter(), SimpleNamespace(allowed=0, skipped=0), (name, mode))
+
+
+def test_only_waiting_for_batches_is_counted():
+    def loader():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    waits = Waits()
+    for _ in waits.over(loader(), start=1):  # passing over the first is waiting too
+        time.sleep(0.05)
+    assert 0.06 <= waits.total < 0.1
+    assert 0 <= waits.ended - waits.began < 0.02, "the last wait found that there is no more"
 
 
 def test_the_mean_is_over_images():

@@ -32,7 +32,7 @@ SETTINGS = {
     "bf16": {"precision": "bf16"},
     "all": {"ema": 0.9, "mixup": 0.2, "accumulate": 2, "precision": "bf16", "checkpoint_every": 1},
 }
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 KILLS, MORE = 20, 100
 pytestmark = pytest.mark.forks
 

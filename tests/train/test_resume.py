@@ -21,7 +21,7 @@ from vitrail.train.engine import Interrupted
 from vitrail.train.resume import refuse_unshared, same_kernels
 
 RECIPE = {"ema": 0.9, "mixup": 0.2, "accumulate": 2, "crop": "pad"}
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "data_wait"}
 
 
 def signal_at(stop, number=signal.SIGINT):

@@ -311,6 +311,8 @@ def _facts(report: RunReport) -> str:
         "training time": f"{duration(report.seconds)}, {epochs(len(report.history))}",
         f"figures on {escape(report.split)}": ", ".join(_figure_words(n, v) for n, v in report.figures.items()),
     }
+    if waits := [row["data_wait"] for row in report.history.rows if "data_wait" in row]:
+        facts["waiting for images"] = f"{percent(sum(waits) / len(waits))} of the time of training"
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     return f'<dl class="facts">{rows}</dl>{_count_table(report)}'
 

@@ -1,28 +1,31 @@
-"""What acts on a run while it runs: unfreezing, stopping rules, signals, TensorBoard."""
+"""What acts on a run while it runs: unfreezing, stopping rules, signals, who looks on; and in which order."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vitrail.records import History
 from vitrail.tasks.base import Task
 from vitrail.train.checkpoint import Checkpoints
-from vitrail.train.finetune import settle, unfrozen
+from vitrail.train.config import TrainConfig
+from vitrail.train.ema import WeightEma
+from vitrail.train.entropy import EntropyGuard
+from vitrail.train.finetune import freezing, settle, unfrozen
 from vitrail.train.history import HistoryLog
+from vitrail.train.loggers import Logged, RunLog
+from vitrail.train.profile import Profile
+from vitrail.train.progress import ProgressBar
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-LOG = logging.getLogger("vitrail")
+Watch = Callable[[History], None]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGREE_EVERY = 20
 """optimiser steps between two agreements of all processes on whether one of them got a signal"""
@@ -130,6 +133,38 @@ class StopOnSignal(Callback):
         return steps % AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(heard, all=False)
 
 
+class LookOn(Callback):
+    """Shows the first process's history, after every epoch that was kept, to one who may end the run by raising."""
+
+    def __init__(self, record: HistoryLog, watch: Watch) -> None:
+        self.record, self.watch = record, watch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.watch(self.record.history)
+
+
+def run_callbacks(
+    task: Task, config: TrainConfig, device: str, folder: Path | None, record: HistoryLog, ema: WeightEma | None,
+    stop: StopOnSignal, logs: Iterable[RunLog], watch: Watch | None,
+) -> list[Callback]:  # fmt: skip
+    """All of a run's, in the order in which they act: averaging before anything is kept, and keeping before a stop."""
+    kind, every = freezing(config.freeze)
+    return [
+        *([Profile(record.waits, config, device, folder)] if config.profile else []),
+        *([Unfreeze(task, every)] if kind == "gradual" else []),
+        *([ema] if ema else []),
+        *([EntropyGuard(record, config.entropy_floor)] if config.entropy_floor else []),
+        record,
+        EarlyStop(record, config.patience, config.max_minutes),
+        *(Logged(record, log) for log in logs),
+        ProgressBar(record),
+        stop.checkpoints,
+        stop,
+        *([LookOn(record, watch)] if watch else []),
+    ]
+
+
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """The handlers of Ctrl-C and SIGTERM are afterwards what they were: ours go, and those that Lightning leaves."""
@@ -147,58 +182,3 @@ def _handlers() -> dict[int, Any]:
         return {}
     known = {number: signal.getsignal(number) for number in SIGNALS}
     return {number: handler for number, handler in known.items() if handler is not None}
-
-
-class TensorBoardLog(Callback):
-    """Each epoch's figures as TensorBoard events in `folder`. Raises `ValueError` if the package is missing.
-
-    Where the events cannot be written, which is said once, the run goes on without them.
-    """
-
-    def __init__(self, record: HistoryLog, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "--log tensorboard needs the tensorboard package; it is not installed: pip install 'vitrail[logging]'"
-            ) from error
-        self.record, self.folder = record, folder
-        self._open = SummaryWriter
-        self._writer: SummaryWriter | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            with self._or_without():
-                self._writer = self._open(str(self.folder), purge_step=len(self.record.history) + 1)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        row = self.record.history.rows[-1]
-        with self._or_without():
-            if self._writer:
-                for name, value in row.items():
-                    self._writer.add_scalar(name, value, int(row["epoch"]))
-                self._writer.flush()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        writer, self._writer = self._writer, None
-        with self._or_without():
-            if writer:
-                writer.close()
-
-    @contextmanager
-    def _or_without(self) -> Iterator[None]:
-        """An error of the writer ends the events, not the run."""
-        try:
-            yield
-        except Exception as error:  # whatever a writer of somebody else's raises
-            self._writer = None  # not closed: that would wait for the thread that failed
-            LOG.warning(
-                "TensorBoard's events in %s cannot be written (%s): training goes on without them, and history.csv "
-                "and checkpoints hold its figures", self.folder, getattr(error, "strerror", None) or error,
-            )  # fmt: skip

@@ -30,7 +30,7 @@ from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Log = Literal["csv", "tensorboard"]
+Log = Literal["csv", "tensorboard", "wandb", "mlflow"]
 GlobalPool = Literal["auto", "token", "avg", "map"]
 LOG = logging.getLogger("vitrail")
 AUTO = "auto"
@@ -94,8 +94,10 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
     """name attention layers whose entropy falls below this share of its most, once an epoch; 0 looks at none"""
     deterministic: bool = False
     """on a GPU, only kernels that repeat themselves bit for bit: slower, and a warning where there is none"""
-    log: Log = "csv"
-    """history.csv is always written; tensorboard adds its event files"""
+    log: tuple[Log, ...] = ("csv",)
+    """history.csv is always written; tensorboard, wandb and mlflow are told beside it"""
+    profile: bool = False
+    """measure some forty steps, say what bounds the run, write profile.md into its folder, and go on"""
     checkpoint_every: int = 0
     """keep a checkpoint of every so many epochs; 0 keeps only the last and the best"""
     patience: int = 0
@@ -127,9 +129,10 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
 
     def _check_words(self) -> None:
         object.__setattr__(self, "global_pool", POOLINGS.get(self.global_pool, self.global_pool))
-        kinds = {"precision": Precision, "device": Device, "log": Log, "global_pool": GlobalPool}
-        for name, kind in kinds.items():
+        for name, kind in {"precision": Precision, "device": Device, "global_pool": GlobalPool}.items():
             check_choice(_flag(name), getattr(self, name), get_args(kind))
+        for word in self.log:
+            check_choice("--log", word, get_args(Log))
         refused = self.precision == "fp16" and self.device == "cpu"
         require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
 
@@ -240,6 +243,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
     So will NumPy's numbers, of which searches over settings are made; and `none` where there may be no value.
     """
+    if get_origin(kind) is tuple:
+        return tuple(_words(name, value))
     words = get_origin(kind) is Literal
     kinds = set(get_args(kind)) if isinstance(kind, UnionType) else {str} if words else {kind}
     if NoneType in kinds and str not in kinds and isinstance(value, str) and nothing(value):
@@ -256,6 +261,14 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         wanted = " or ".join(sorted(KIND_NAMES[k] for k in plain))
         raise TypeError(f"{_flag(name)} takes {wanted}; got {shortened(value)}")
     return tuple(value) if isinstance(value, list) else value
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """Several words, or one, which may be all of them with spaces or commas between."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"{_flag(name)} takes words; got {shortened(value)}")
+    return list(words)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,19 +29,19 @@ from vitrail.names import require
 from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
 from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
-from vitrail.train.callbacks import EarlyStop, StopOnSignal, StopRequested, TensorBoardLog, Unfreeze, handlers_kept
+from vitrail.train.callbacks import StopOnSignal, StopRequested, Watch, handlers_kept, run_callbacks
 from vitrail.train.changes import Start, go_on, refuse_idle, told
 from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import FreeAverage, WeightEma, averaged, copy_into
-from vitrail.train.entropy import EntropyGuard
-from vitrail.train.finetune import freezing, merge, say_trained, tuned
+from vitrail.train.finetune import merge, say_trained, tuned
 from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allowed
-from vitrail.train.history import HistoryLog, LossMeter, Reading
+from vitrail.train.history import HistoryLog, LossMeter, Reading, Waits
 from vitrail.train.imagelist import write_list
+from vitrail.train.loggers import run_logs
 from vitrail.train.optim import make_optimizer
-from vitrail.train.progress import ProgressBar, quiet
+from vitrail.train.progress import quiet
 from vitrail.train.resume import (
     EpochLoader,
     Loader,
@@ -82,6 +82,7 @@ class Job(NamedTuple):
     folder: Path | None
     start: Start
     notes: Mapping[str, Any]
+    watch: Watch | None
 
     def write_config(self) -> None:
         """config.yaml, with a comment for each setting that was overridden, and the list of the images to train on."""
@@ -101,6 +102,7 @@ def fit(
     resume: bool = False,
     override: Collection[str] = (),
     notes: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> History:
     """Trains `task` in place and returns its figures by epoch. Loaders yield batches or (images, labels).
 
@@ -108,6 +110,7 @@ def fit(
     `out`, that folder gets config.yaml, images.jsonl, history.csv, checkpoints/ and model/ with the best weights, and
     the task ends with those; without, nothing is written and it ends with the last. Weights are the running average's
     where `config.ema` is on. `notes` join recipe and figures in the model's card.
+    `watch` sees the history after every epoch that was kept, and may end the run by raising.
     A resumed run goes on where it stood: on the CPU, and on a GPU with `config.deterministic` as far as it has such
     kernels, bit for bit if the loader's batch sampler is an `OrderedBatches`. What then differs from before, other than
     by name in `override`, is an error: see `train.changes`.
@@ -133,7 +136,7 @@ def fit(
         start = go_on(resumed, now, task, override, train_loader) if resumed else Start(now)
         if config.freeze != "none":
             say_trained(task, config.freeze, start.done)
-        return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}))
+        return _fit(Job(task, train_loader, val_loader, config, device, augment, folder, start, notes or {}, watch))
 
 
 def _fit(job: Job) -> History:
@@ -145,9 +148,9 @@ def _fit(job: Job) -> History:
     written = job.write_config if job.start.checkpoint else None  # a run that ends before is as it was
     kept = Checkpoints(record, folder / "checkpoints" if folder else None, config.checkpoint_every, written)
     stop = StopOnSignal(kept)
-    kind, every = freezing(config.freeze)
-    first = [Unfreeze(task, every)] if kind == "gradual" else []
-    trainer = _trainer(config, job.device, [*first, *_callbacks(config, record, ema, stop, folder)], folder)
+    logs = run_logs(config, folder, resumed=job.start.checkpoint is not None)
+    callbacks = run_callbacks(task, config, job.device, folder, record, ema, stop, logs, job.watch)
+    trainer = _trainer(config, job.device, callbacks, folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, job.train_loader)
     with quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(job.device):
@@ -339,16 +342,6 @@ def _own_randomness(device: str) -> Iterator[None]:
         yield
 
 
-def _callbacks(
-    config: TrainConfig, record: HistoryLog, ema: WeightEma | None, stop: StopOnSignal, folder: Path | None
-) -> list[Callback]:
-    """In the order in which they act: averaging before anything is kept, and keeping before a stop."""
-    board = [TensorBoardLog(record, folder / "tensorboard")] if folder and config.log == "tensorboard" else []
-    rules = EarlyStop(record, config.patience, config.max_minutes)
-    entropies = [EntropyGuard(record, config.entropy_floor)] if config.entropy_floor else []
-    return [*([ema] if ema else []), *entropies, record, rules, *board, ProgressBar(record), stop.checkpoints, stop]
-
-
 def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder: Path | None) -> Trainer:
     limit = DEBUG_BATCHES if config.debug else None
     with quiet():
@@ -369,8 +362,8 @@ def _open_folder(folder: Path, loader: Loader) -> None:
 
 
 def _run(trainer: Trainer, job: Job, record: HistoryLog) -> None:
-    val = EpochLoader(job.val_loader, trainer) if job.val_loader is not None else None
-    train, checkpoint = EpochLoader(job.train_loader, trainer), job.start.checkpoint
+    val = EpochLoader(job.val_loader, trainer, Waits()) if job.val_loader is not None else None
+    train, checkpoint = EpochLoader(job.train_loader, trainer, record.waits), job.start.checkpoint
     # By it PyTorch hears of a worker that died. It is set once in a process, with the first workers; were those the
     # run's, Lightning would take it away with its own handlers, and later loaders would wait out their timeout.
     _set_SIGCHLD_handler()

@@ -7,7 +7,8 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,31 @@ class LossMeter:
         self.latest = loss
 
 
+class Waits:
+    """How long a process waits for batches, in seconds of `time.perf_counter`: nothing else happens in it meanwhile.
+
+    A GPU may still be at work then, on what it was given before, so that of its time this is the most that is lost.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.began = self.ended = 0.0
+        """of the last wait"""
+
+    def over(self, loader: Iterable[Any], start: int = 0) -> Iterator[Any]:
+        """The batches from number `start` on; making workers and passing over batches are waiting too."""
+        self.began, none = time.perf_counter(), object()
+        batches = islice(loader, start, None)
+        while True:
+            batch = next(batches, none)
+            self.ended = time.perf_counter()
+            self.total += self.ended - self.began
+            if batch is none:
+                return
+            yield batch
+            self.began = time.perf_counter()
+
+
 class HistoryLog(Callback):
     """One row of figures per epoch, kept in `history`, in checkpoints and in `history.csv`.
 
@@ -106,6 +132,8 @@ class HistoryLog(Callback):
         """what validation found in the running epoch"""
         self.lr = math.nan
         """the schedule's learning rate of the last step, which each group has its own share of"""
+        self.waits = Waits()
+        """for the training images of the running epoch"""
         self._written = True
         self._seconds = self._training = 0.0
         self._started = time.perf_counter()
@@ -115,7 +143,7 @@ class HistoryLog(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.meter.reset()
-        self.figures, self._training = {}, 0.0
+        self.figures, self._training, self.waits.total = {}, 0.0, 0.0
         self._started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,6 +154,7 @@ class HistoryLog(Callback):
         self.guard.flush()
         totals, weight, images = self._over_all_processes(trainer)
         seconds = self.seconds
+        training = max(self._training or seconds, 1e-9)
         self.history.rows.append({
             "epoch": trainer.current_epoch + 1,
             "lr": self.lr,
@@ -133,7 +162,8 @@ class HistoryLog(Callback):
             **({"skipped_steps": self.guard.skipped} if self.guard.allowed else {}),
             **self.figures,
             "seconds": round(seconds, 3),
-            "images_per_second": round(images / max(self._training or seconds, 1e-9), 1),
+            "images_per_second": round(images / training, 1),
+            "data_wait": round(self.waits.total / training, 4),
         })  # fmt: skip
         if self.out and trainer.is_global_zero:
             self._write(self.out / "history.csv")
@@ -186,12 +216,13 @@ class HistoryLog(Callback):
         totals, weight, images = self._over_all_processes(trainer)
         checkpoint["history"] = {
             "rows": self.history.rows, "totals": totals, "weight": weight, "images": images, "seconds": self.seconds,
-            "skipped": self.guard.skipped,
+            "skipped": self.guard.skipped, "waited": self.waits.total,
         }  # fmt: skip
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["history"]
         self.history.rows[:], self._seconds, self.guard.skipped = saved["rows"], saved["seconds"], saved["skipped"]
+        self.waits.total = saved.get("waited", 0.0)  # of a checkpoint that did not count it, the rest of the epoch's
         if trainer.is_global_zero:  # what all processes had seen, counted once
             self.meter.totals, self.meter.weight = dict(saved["totals"]), saved["weight"]
             self.meter.images = saved["images"]

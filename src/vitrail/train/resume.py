@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from vitrail.data.imagesets import ImageSet
 from vitrail.data.loading import OrderedBatches
 from vitrail.layers.linear import plain_linear
 from vitrail.train.config import TrainConfig
+from vitrail.train.history import Waits
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """without which cuBLAS need not repeat itself; it is read when the first matrices are multiplied"""
@@ -45,8 +45,8 @@ class EpochLoader:
     loader with an order of its own gives before that batch is passed over.
     """
 
-    def __init__(self, loader: Loader, trainer: Trainer) -> None:
-        self.loader, self.trainer = loader, trainer
+    def __init__(self, loader: Loader, trainer: Trainer, waits: Waits) -> None:
+        self.loader, self.trainer, self.waits = loader, trainer, waits
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -59,7 +59,7 @@ class EpochLoader:
             start = 0
         elif self.trainer.training and order is not None:
             order.set_epoch(epoch)
-        yield from islice(self.loader, start, None)
+        yield from self.waits.over(self.loader, start)
 
 
 def begin_epoch_anew(checkpoint: dict[str, Any]) -> None:
