@@ -35,7 +35,7 @@ LOG = logging.getLogger("vitrail")
 FREE = frozenset({
     "out", "data_dir", "download", "in_memory", "workers", "worker_timeout", "device", "deterministic",
     "teacher_path", "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan", "on_bad_image",
-    "entropy_floor",
+    "entropy_floor", "strategy",
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
 ANEW = frozenset({"images", "batch_size", "repeats", "accumulate", "devices", "num_nodes", "seed", "debug"})
