@@ -8,9 +8,9 @@
 
     layer ─ gather its weights ─ forward ─ let go ─ … ─ gather ─ backward ─ let go, average and share its gradients
 
-A layer is the largest module of each of `layer_groups()` between embedding and head; what is left, such as the
-embedding, the head and the task's own, is one share more, whose forward is the task's: a task may call whatever it
-likes of its backbone from there, `features` or `embed` too. Anywhere else those are called within `gathered`.
+What lies in no layer, such as the embedding, the head and the task's own parts, is gathered by the task's forward: from
+there a task may call whatever it likes of its backbone, `features` or `embed` too. Anywhere else that is done within
+`gathered`.
 
 A checkpoint holds whole tensors in either case, so that a run may go on under another strategy.
 """
@@ -31,9 +31,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from vitrail.tasks.base import Task
+from vitrail.tasks.classify import Classify
+from vitrail.tasks.distill import Distill
 
+READS_ALL = (Classify, Distill)
+"""tasks whose loss depends on all of the network; those made of them may leave something out"""
 NAMED = 3
 """parameters that a message names"""
+
+
+class Whole(DDPStrategy):
+    """Each process holds the network whole. The lightning module has its task in `task`.
+
+    DDP waits for the gradient of every weight. Of a task that is not one of `READS_ALL` it therefore asks in each step
+    which of them the loss depends on, such as those that `features` leaves out.
+    """
+
+    def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        self._ddp_kwargs["find_unused_parameters"] = not reads_all(self.lightning_module.task)  # type: ignore[arg-type]
+        super().configure_ddp()
 
 
 class Sharded(DDPStrategy):
@@ -87,7 +104,7 @@ class Sharded(DDPStrategy):
         self.checkpoint_io.teardown()
 
 
-STRATEGIES: dict[str, type[DDPStrategy]] = {"auto": DDPStrategy, "ddp": DDPStrategy, "fsdp": Sharded}
+STRATEGIES: dict[str, type[DDPStrategy]] = {"auto": Whole, "ddp": Whole, "fsdp": Sharded}
 
 
 def shard(task: Task, mesh: DeviceMesh) -> None:
@@ -98,20 +115,15 @@ def shard(task: Task, mesh: DeviceMesh) -> None:
 
 
 def layers(task: Task) -> list[nn.Module]:
-    """The largest module of each layer between embedding and head, inner ones first."""
-    found = [_largest(task.backbone, set(names)) for names in task.backbone.layer_groups()[1:-1]]
-    order = {id(module): depth for depth, module in enumerate(task.modules())}
-    return sorted((module for module in found if module), key=lambda module: -order[id(module)])
-
-
-def _largest(backbone: nn.Module, names: set[str]) -> nn.Module | None:
-    """The module with most weights of which all are among `names`; the outermost of equal ones."""
-    sizes: dict[nn.Module, int] = {}
-    for prefix, module in backbone.named_modules():
-        own = {f"{prefix}.{name}": parameter.numel() for name, parameter in module.named_parameters()}
-        if own and own.keys() <= names:
-            sizes[module] = sum(own.values())
-    return max(sizes, key=sizes.__getitem__, default=None)
+    """The members of the backbone's lists of modules between embedding and head, but for those that hold a list."""
+    inner = {name for names in task.backbone.layer_groups()[1:-1] for name in names}
+    found = []
+    for prefix, parts in task.backbone.named_modules():
+        for number, member in parts.named_children() if isinstance(parts, nn.ModuleList) else ():
+            own = {f"{prefix}.{number}.{name}" for name, _ in member.named_parameters()}
+            if own and own <= inner and not any(isinstance(part, nn.ModuleList) for part in member.modules()):
+                found.append(member)
+    return found
 
 
 def is_sharded(task: Task) -> bool:
@@ -151,13 +163,19 @@ def _in_shards(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state}
 
 
+def reads_all(task: Task) -> bool:
+    return type(task) in READS_ALL
+
+
 def refuse_unused(task: Task) -> None:
-    """Raises `ValueError`, after a backward pass, for parameters that the loss does not depend on: DDP waits for them."""
+    """Raises `ValueError` where a backward pass left out a weight that is trained, though the task reads them all.
+
+    DDP would wait for its gradient in the next step.
+    """
     unused = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
-    if unused:
+    if unused and reads_all(task):
         more = f" and {len(unused) - NAMED} more" if len(unused) > NAMED else ""
         raise ValueError(
-            f"--strategy ddp needs a loss that depends on every weight that is trained; that of "
-            f"{type(task).__name__} leaves out {', '.join(unused[:NAMED])}{more}: freeze them with requires_grad_(False), "
-            "take away a head that nobody reads with reset_classifier(0), or take --strategy fsdp"
+            f"with several processes, {type(task).__name__} needs a network whose logits depend on every weight that "
+            f"is trained; got {', '.join(unused[:NAMED])}{more} beside those: freeze them with requires_grad_(False)"
         )
