@@ -43,6 +43,7 @@ def train(
     *,
     resume: Annotated[str | None, "go on with this run folder"] = None,
     override: Annotated[list[str] | None, "settings that a resumed run may change, such as lr batch_size"] = None,
+    allow_world_change: Annotated[bool, "go on with other --devices or --num-nodes; steps keep their images"] = False,
 ) -> None:
     """Train a model; write its run folder with curves, checkpoints, the model and report.html."""
     from vitrail.trainer import resume_training, run_training
@@ -51,10 +52,12 @@ def train(
         raise ValueError(f"--resume goes on in its own folder {resume}; got --out {config.out}: leave it out")
     out = out_folder(config.out)
     names = override or ()
+    if resume is None and allow_world_change:
+        raise ValueError("--allow-world-change is for a run that is gone on with: name its folder with --resume")
     if resume is None:
         history = run_training(config, override=names)
     else:
-        history = resume_training(resume, config, override=names)
+        history = resume_training(resume, config, override=names, allow_world_change=allow_world_change)
     tell(f"epochs done: {len(history)} of {config.epochs}; the report is {out / 'report.html'}")
 
 

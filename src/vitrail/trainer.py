@@ -40,11 +40,13 @@ from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
+from vitrail.train.changes import WORLD, same_step
 from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
-from vitrail.train.engine import DEBUG_BATCHES, fit, refuse_start
+from vitrail.train.engine import fit, refuse_start
 from vitrail.train.finetune import prompted
 from vitrail.train.loggers import conclude_logs, run_logs
+from vitrail.train.machine import DEBUG_BATCHES
 from vitrail.train.network import make_model, network_record, row_named
 from vitrail.train.resume import Loader, refuse_uneven
 from vitrail.train.task import make_task
@@ -142,10 +144,13 @@ def _sizes(config: TrainConfig, model: Backbone, batches: int) -> Sizes | None:
 
 
 def resume_training(
-    run: str | Path, config: TrainConfig | None = None, *, override: Collection[str] = ()
+    run: str | Path, config: TrainConfig | None = None, *, override: Collection[str] = (),
+    allow_world_change: bool = False,
 ) -> History:  # fmt: skip
     """Goes on with a run folder where its last checkpoint stands, as its config.yaml says, or as `config` does.
 
+    With `allow_world_change`, `devices` and `num_nodes` may be others; unless `override` names `accumulate`, that
+    then keeps the images of a step as many as they were.
     Raises `ValueError` for a folder without config.yaml, and for what differs and `override` does not name.
     """
     path = Path(run) / "config.yaml"
@@ -153,7 +158,13 @@ def resume_training(
         raise ValueError(
             f"a run to be resumed holds config.yaml; there is none in {run}: name a folder made by `train`"
         )
-    return run_training(replace(config or TrainConfig.from_yaml(path), out=str(run)), resume=True, override=override)
+    former = TrainConfig.from_yaml(path)
+    now = replace(config or former, out=str(run))
+    if allow_world_change:
+        if "accumulate" not in override:
+            now = same_step(former, now)
+        override = [*override, *WORLD, "accumulate"]
+    return run_training(now, resume=True, override=override)
 
 
 def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:

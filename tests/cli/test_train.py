@@ -111,6 +111,8 @@ def test_a_finished_run_takes_more_epochs(copy: Path, said: Said):
     (["--img-size", "64"], "weights do not fit, which nothing can override: backbone.pos_embed was (1, "),
     (["--seed", "4", "--override", "lr"], "or go on all the same with --override seed (in Python, override=('seed',))"),
     (["--lr", "9", "--override", "learning"], "may not change otherwise; got 'learning': "),
+    (["--devices", "2"], "--devices was 1, got 2: take the old values, or a new --out; or go on all the same with --al"),
+    (["--devices", "2", "--allow-world-change"], "--allow-world-change keeps the 4 images of a step; got 2 processes of"),
     (["--out", "elsewhere"], "goes on in its own folder {run}; got --out elsewhere: leave it out"),
     (["--config", "a.yaml"], "goes on by its own config.yaml; got --config a.yaml as well: drop one"),
 ])  # fmt: skip
@@ -129,6 +131,11 @@ def test_a_resumed_run_is_told_something_else_knowingly(copy: Path, said: Said):
     assert (copy / "config.yaml").read_text().startswith("# overridden from epoch 3 on: --lr 0.0003 -> 0.0001\n")
     assert TrainConfig.from_yaml(copy / "config.yaml").lr == 1e-4
     assert "epochs done: 3 of 3" in said("train", "--resume", copy)[1]
+
+
+def test_other_processes_are_for_a_run_that_is_gone_on_with(said: Said):
+    _, err = said("train", "--allow-world-change", code=2)
+    assert err == "error: --allow-world-change is for a run that is gone on with: name its folder with --resume\n"
 
 
 def test_a_run_is_not_written_over(copy: Path, tiny: list[str], photos: Path, said: Said):

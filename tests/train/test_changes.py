@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail.data.imagesets import TensorSet
 from vitrail.train import engine
-from vitrail.train.changes import FREE, SETTLED, go_on
+from vitrail.train.changes import FREE, SETTLED, go_on, same_step
 from vitrail.train.checkpoint import read
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import Interrupted, fit
@@ -391,9 +391,34 @@ def test_names_of_files_may_be_any_bytes(train, images, tmp_path):
 @pytest.mark.forks
 def test_another_number_of_processes(train, make_task, in_two_processes, tmp_path):
     in_two_processes(lambda rank: train(out=tmp_path, epochs=2, devices=2))
-    with pytest.raises(ValueError, match=f"{SAID}--devices was 2, got 1: take .*--override devices "):
+    with pytest.raises(ValueError, match=f"{SAID}--devices was 2, got 1: take .*--allow-world-change \\(in "):
         train(out=tmp_path, resume=True)
     seen = []
     history = train(out=tmp_path, resume=True, override=["devices"], hook=seen.append)
     assert history["epoch"] == [1, 2, 3]
     assert seen == list(range(16, 24))
+
+
+def test_the_error_names_both_flags_that_are_needed(train, make_task, stopped):
+    now = read(stopped / "checkpoints" / "last.ckpt")["told"] | {"num_nodes": 2, "lr": 9.0}
+    with pytest.raises(
+        ValueError, match=r"--override lr --allow-world-change \(in Python, override=\('lr', 'num_nodes'\)\)"
+    ):
+        go_on(stopped / "checkpoints" / "last.ckpt", now, make_task())
+
+
+@pytest.mark.parametrize(("was", "now", "accumulate"), [
+    (dict(devices=2), dict(), 2), (dict(num_nodes=4, accumulate=3), dict(devices=2), 6), (dict(), dict(devices=2), None),
+    (dict(accumulate=2), dict(devices=2), 1), (dict(devices=3), dict(devices=2), None),
+    (dict(devices=3), dict(devices=2, batch_size=6), 2), (dict(devices=2), dict(accumulate=2), 2),
+])  # fmt: skip
+def test_a_step_has_as_many_images_as_before(was, now, accumulate, caplog):
+    former, config = TrainConfig(**{"batch_size": 8, **was}), TrainConfig(**{"batch_size": 8, **now})
+    if accumulate is None:
+        with pytest.raises(
+            ValueError, match=r"keeps the \d+ images of a step; got 2 processes of --batch-size 8, which"
+        ):
+            same_step(former, config)
+        return
+    assert same_step(former, config) == replace(config, accumulate=accumulate)
+    assert ("images still: --accumulate is" in caplog.text) == (config.accumulate != accumulate)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitrail.folder import read_card, read_weights
-from vitrail.train import engine
+from vitrail.train import engine, machine
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import fit
 from vitrail.train.finite import NonFiniteLoss
@@ -263,7 +263,7 @@ def test_a_batch_without_images_trains(make_task):
 def test_debug_takes_a_few_batches(train):
     seen = []
     train(epochs=2, debug=True, hook=seen.append)
-    assert seen == list(range(2 * engine.DEBUG_BATCHES))
+    assert seen == list(range(2 * machine.DEBUG_BATCHES))
 
 
 def test_patience(train, monkeypatch):

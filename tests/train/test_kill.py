@@ -246,8 +246,8 @@ def pair(start: Callable[..., Any], folder: Path, **options: Any) -> list[Any]:
     return [start(folder, setup=ranked(rank), devices=2, **options) for rank in (0, 1)]
 
 
-def check_pair(kills: int, start: Any, tmp_path: Path) -> None:
-    options = {"ema": 0.9, "mixup": 0.2}
+def check_pair(kills: int, start: Any, tmp_path: Path, **more: Any) -> None:
+    options = {"ema": 0.9, "mixup": 0.2, **more}
     (tmp_path / "whole").mkdir()
     began = time.monotonic()
     assert [done(process) for process in pair(start, tmp_path / "whole", **options)] == [0, 0]
@@ -272,16 +272,21 @@ def done(process: Any) -> int:
     return int(process.exitcode)
 
 
+SHARDS = {"strategy": "fsdp", "precision": "bf16"}
+
+
 @pytest.mark.fault(42)
-def test_two_processes_go_on_bit_for_bit(start, tmp_path):
-    check_pair(1, start, tmp_path)
+@pytest.mark.parametrize("more", [{}, SHARDS], ids=["whole", "shards"])
+def test_two_processes_go_on_bit_for_bit(more, start, tmp_path):
+    check_pair(1, start, tmp_path, **more)
 
 
 @pytest.mark.full
 @pytest.mark.fault(42)
 @pytest.mark.timeout(900)
-def test_twenty_of_twenty_kills_of_two_processes(start, tmp_path):
-    check_pair(KILLS, start, tmp_path)
+@pytest.mark.parametrize("more", [{}, SHARDS], ids=["whole", "shards"])
+def test_twenty_of_twenty_kills_of_two_processes(more, start, tmp_path):
+    check_pair(KILLS, start, tmp_path, **more)
 
 
 @pytest.mark.fault(44)

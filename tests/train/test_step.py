@@ -14,7 +14,7 @@ from vitrail.data.loading import draw_seed
 from vitrail.models.cnn import ResNet
 from vitrail.records import Preprocess
 from vitrail.tasks.classify import Classify
-from vitrail.train import engine, finite
+from vitrail.train import engine, finite, machine
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import Interrupted, fit
 from vitrail.weights.load import load_model
@@ -75,7 +75,7 @@ def test_debug_takes_a_few_batches_of_validation_too(make_task):
     update = task.update
     task.update = lambda metrics, batch: (seen.append(len(seen)), update(metrics, batch))
     fit(task, same_batches(9), same_batches(9), TrainConfig(epochs=1, debug=True, device="cpu"))
-    assert len(seen) == engine.DEBUG_BATCHES
+    assert len(seen) == machine.DEBUG_BATCHES
 
 
 @pytest.mark.fault(30)
@@ -189,9 +189,9 @@ def test_processes_that_would_each_train_alone_are_refused(name, train, monkeypa
     monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match=rf"must be the number of processes .*; got 1 where {name} is 2: give --dev"):
         train(out=tmp_path)
-    engine._machine(TrainConfig(device="cpu", devices=2))
+    machine.machine(TrainConfig(device="cpu", devices=2))
     monkeypatch.setenv(name, "1")
-    engine._machine(TrainConfig(device="cpu"))
+    machine.machine(TrainConfig(device="cpu"))
 
 
 class Stream(IterableDataset):

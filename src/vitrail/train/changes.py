@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,12 @@ LOG = logging.getLogger("vitrail")
 FREE = frozenset({
     "out", "data_dir", "download", "in_memory", "workers", "worker_timeout", "device", "deterministic",
     "teacher_path", "log", "checkpoint_every", "patience", "max_minutes", "epochs", "on_nan", "on_bad_image",
-    "entropy_floor", "profile",
+    "entropy_floor", "profile", "strategy",
 })  # fmt: skip
 """what a resumed run may be told anew: it decides neither what is learnt from nor how"""
 ANEW = frozenset({"images", "batch_size", "repeats", "accumulate", "devices", "num_nodes", "seed", "debug"})
+WORLD = ("devices", "num_nodes")
+"""how many processes a run has: `--allow-world-change` overrides it"""
 SETTLED = {
     "val_fraction": "images that were held out stay so; another share is for a new --out",
     "from_weights": "begin with other weights in a new --out",
@@ -210,12 +212,36 @@ def _refuse(fixed: list[Change], stuck: list[str], override: list[str]) -> None:
     if not stuck and set(needed) <= set(override):
         return
     said = [*(f"{change.what} was {change.was}, got {change.found}{change.which}" for change in fixed), *stuck]
-    words = " ".join(needed)
-    mend = "" if stuck else f"; or go on all the same with --override {words} (in Python, override={tuple(needed)})"
+    mend = "" if stuck else f"; or go on all the same with {_flags(needed)} (in Python, override={tuple(needed)})"
     raise ValueError(
         f"a resumed run must be told what it was told before; {'; '.join(said)}: take the old values, or a new --out"
         + mend
     )
+
+
+def _flags(needed: list[str]) -> str:
+    """What the command line calls an `override` of these."""
+    named = [name for name in needed if name not in WORLD]
+    words = [f"--override {' '.join(named)}"] if named else []
+    return " ".join([*words, *(["--allow-world-change"] if len(named) < len(needed) else [])])
+
+
+def same_step(former: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """`config` with an `accumulate` by which other processes than before make each step of as many images as before.
+
+    The logger `vitrail` is told where that changes. Raises `ValueError` where no number does it.
+    """
+    was, images = former.batch_size * former.world * former.accumulate, config.batch_size * config.world
+    if was == images * config.accumulate:
+        return config
+    if was % images:
+        raise ValueError(
+            f"--allow-world-change keeps the {was} images of a step; got {config.world} processes of --batch-size "
+            f"{config.batch_size}, which cannot share them: give both so that their product divides {was} (--override "
+            "batch_size), or --override accumulate for other steps"
+        )
+    LOG.warning("each step has its %d images still: --accumulate is %d from here on", was, was // images)
+    return replace(config, accumulate=was // images)
 
 
 def _tell_of_epochs(was: int, found: int) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 from vitrail.files import whole_file
 from vitrail.train.finite import NonFiniteLoss
 from vitrail.train.history import HistoryLog
+from vitrail.train.strategies import whole
 
 LOG = logging.getLogger("vitrail")
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -165,7 +166,7 @@ def damage(path: Path) -> str:
 
 def refuse_non_finite(module: nn.Module) -> None:
     """Raises `NonFiniteLoss` if any parameter holds an infinity or a NaN."""
-    norms = torch.stack([p.detach().norm() for p in module.parameters()])
+    norms = torch.stack([whole(p.detach().norm()) for p in module.parameters()])
     if not norms.isfinite().all():
         raise NonFiniteLoss(
             "the weights must stay finite; an update made some infinite or NaN: lower --lr or set --clip-grad"

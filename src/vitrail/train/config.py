@@ -30,6 +30,7 @@ from vitrail.train.optim import OptimConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+StrategyName = Literal["auto", "ddp", "fsdp"]
 Log = Literal["csv", "tensorboard", "wandb", "mlflow"]
 GlobalPool = Literal["auto", "token", "avg", "map"]
 LOG = logging.getLogger("vitrail")
@@ -40,6 +41,7 @@ FALLING, FALLS, RESTARTS = "a --schedule that falls", "--schedule step", "--sche
 SQUARES = "an --optimizer other than sgd"
 BCE, FOCAL, ASYMMETRIC = (f"--loss {name}" for name in ("bce", "focal", "asymmetric"))
 EFFECTIVE, TAUGHT, SOFT = "--class-weights effective", "--teacher", "--teacher and --distillation soft"
+SEVERAL = "several processes (--devices, --num-nodes)"
 FETCHED, KEPT, VALIDATED = "--data cifar10 or cifar100", "a folder to write to (out)", "validation images"
 ATTENDING = "a model with attention"
 BLOCKS = "layers that are trained (another --freeze)"
@@ -54,7 +56,7 @@ NEEDS = {
     "bce_threshold": BCE, "focal_gamma": FOCAL, "asl_gamma_neg": ASYMMETRIC, "asl_gamma_pos": ASYMMETRIC,
     "asl_clip": ASYMMETRIC, "effective_beta": EFFECTIVE, "teacher_path": TAUGHT, "distillation": TAUGHT,
     "distillation_alpha": TAUGHT, "distillation_tau": SOFT,
-    "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
+    "strategy": SEVERAL, "download": FETCHED, "log": KEPT, "checkpoint_every": KEPT, "patience": VALIDATED,
     "entropy_floor": ATTENDING,
 }  # fmt: skip
 """settings that do nothing without another, and which"""
@@ -90,6 +92,8 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
     """processes on this machine, one device each"""
     num_nodes: int = 1
     """machines; start the same command on each with torchrun or SLURM"""
+    strategy: StrategyName = "auto"
+    """how several processes share the network: ddp, each has all of it; fsdp, each has a share; auto is ddp"""
     entropy_floor: float = 0.02
     """name attention layers whose entropy falls below this share of its most, once an epoch; 0 looks at none"""
     deterministic: bool = False
@@ -123,18 +127,26 @@ class TrainConfig(DataConfig, AugmentConfig, SizeConfig, LossConfig, DistillConf
         require(0 <= self.max_minutes < math.inf, "max_minutes", "be 0 (off) or more", self.max_minutes)
         require(self.model != "", "model", "name a model; see `vitrail models`", "nothing")
         require(self.out != "", "out", "name a folder", "nothing")
-        together = freezing(self.freeze).kind != "gradual" or self.devices * self.num_nodes == 1
+        together = freezing(self.freeze).kind != "gradual" or self.world == 1
         require(together, "freeze", "be another with several processes, which share all gradients", self.freeze)
         self._check_words()
 
     def _check_words(self) -> None:
         object.__setattr__(self, "global_pool", POOLINGS.get(self.global_pool, self.global_pool))
-        for name, kind in {"precision": Precision, "device": Device, "global_pool": GlobalPool}.items():
+        kinds = {"precision": Precision, "device": Device, "strategy": StrategyName, "global_pool": GlobalPool}
+        for name, kind in kinds.items():
             check_choice(_flag(name), getattr(self, name), get_args(kind))
         for word in self.log:
             check_choice("--log", word, get_args(Log))
         refused = self.precision == "fp16" and self.device == "cpu"
         require(not refused, "precision", "be fp32 or bf16 with --device cpu", "fp16")
+        scaled = self.precision == "fp16" and self.strategy == "fsdp"
+        require(not scaled, "precision", "be fp32 or bf16 with --strategy fsdp", "fp16")
+
+    @property
+    def world(self) -> int:
+        """Processes of the run, on all machines."""
+        return self.devices * self.num_nodes
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -223,6 +235,7 @@ def say_idle(config: TrainConfig, *, kept: bool = True, validated: bool = True, 
         TAUGHT: config.teacher != "",
         SOFT: config.teacher != "" and config.distillation == "soft",
         FETCHED: config.data in ("cifar10", "cifar100"),
+        SEVERAL: config.world > 1,
         KEPT: kept,
         VALIDATED: validated,
         ATTENDING: attends,

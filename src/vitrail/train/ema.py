@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vitrail.train.strategies import shared_as, whole
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -39,7 +41,7 @@ class WeightEma(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored = self.averages
         self.averages = {name: p.detach().clone() for name, p in averaged(self.task)}
-        copy_into(self.averages, restored)
+        copy_into(self.averages, {name: shared_as(value, self.averages[name]) for name, value in restored.items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -79,7 +81,7 @@ class WeightEma(Callback):
             self.swap()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "averages": self.averages}
+        return {"updates": self.updates, "averages": {name: whole(value) for name, value in self.averages.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.averages = state_dict["updates"], state_dict["averages"]

@@ -10,6 +10,7 @@ weights; on a GPU only as far as its kernels repeat themselves, which `determini
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,19 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from vitrail.data.loading import OrderedBatches, draw_seed
-from vitrail.names import require
-from vitrail.processes import refuse_strangers
 from vitrail.records import Batch, History
-from vitrail.tasks.base import Task, as_batch, batch_count, pick_device, to_device
+from vitrail.tasks.base import Task, as_batch, batch_count, to_device
 from vitrail.train.callbacks import StopOnSignal, StopRequested, Watch, handlers_kept, run_callbacks
 from vitrail.train.changes import Start, go_on, refuse_idle, told
-from vitrail.train.checkpoint import Checkpoints, WholeFiles, best_whole, has_checkpoints, newest_whole
+from vitrail.train.checkpoint import Checkpoints, best_whole, has_checkpoints, newest_whole
 from vitrail.train.claim import claimed
 from vitrail.train.config import TrainConfig
 from vitrail.train.ema import FreeAverage, WeightEma, averaged, copy_into
@@ -40,6 +39,7 @@ from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allo
 from vitrail.train.history import HistoryLog, LossMeter, Reading, Waits
 from vitrail.train.imagelist import write_list
 from vitrail.train.loggers import run_logs
+from vitrail.train.machine import machine, make_trainer, shares
 from vitrail.train.optim import make_optimizer
 from vitrail.train.progress import quiet
 from vitrail.train.resume import (
@@ -52,10 +52,9 @@ from vitrail.train.resume import (
     sharing_order,
 )
 from vitrail.train.schedules import rate
+from vitrail.train.strategies import gathered, is_sharded, refuse_unused
 
-PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 LOG = logging.getLogger("vitrail")
-DEBUG_BATCHES = 4
 READ_EVERY = 20
 """batches between two readings of the loss on an accelerator, since each one waits for the device"""
 Augment = Callable[[Batch, int, int], Batch]
@@ -125,7 +124,12 @@ def fit(
     refuse_start(folder, resume, override)
     refuse_empty(train_loader, val_loader)
     refuse_unshared(train_loader, config)
-    device = _machine(config)
+    device = machine(config)
+    if folder is None and shares(config):
+        raise ValueError(
+            "--strategy fsdp needs a folder for its checkpoints, of which the trained network is put together; got "
+            "none: name one with out=…"
+        )
     if folder:
         task.backbone.check_savable()  # before training, not after it
     with claimed(folder), tuned(task, config.freeze, config.seed):
@@ -140,7 +144,10 @@ def fit(
 
 
 def _fit(job: Job) -> History:
-    task, config, folder = job.task, job.config, job.folder
+    config, folder, own = job.config, job.folder, job.task
+    if shares(config):
+        job = job._replace(task=copy.deepcopy(own))  # shards cannot be made whole in place
+    task = job.task
     guard = FiniteGuard(task, skips_allowed(config.on_nan), config.clip_grad)
     meter = LossMeter(1 if job.device == "cpu" else READ_EVERY, skipping=guard.allowed > 0)
     record = HistoryLog(meter, guard, task.monitor, folder)
@@ -150,7 +157,7 @@ def _fit(job: Job) -> History:
     stop = StopOnSignal(kept)
     logs = run_logs(config, folder, resumed=job.start.checkpoint is not None)
     callbacks = run_callbacks(task, config, job.device, folder, record, ema, stop, logs, job.watch)
-    trainer = _trainer(config, job.device, callbacks, folder)
+    trainer = make_trainer(config, job.device, callbacks, folder)
     if folder and trainer.is_global_zero:
         _open_folder(folder, job.train_loader)
     with quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(job.device):
@@ -161,10 +168,10 @@ def _fit(job: Job) -> History:
             raise Interrupted(_farewell(folder, record, config.epochs), stop.signal or 0) from None
     refuse_idle(job.start, len(record.history))
     if folder:
-        _take_best(task, folder / "checkpoints")
-        merge(task)
+        _take_best(own, folder / "checkpoints")
+        merge(own)
         if trainer.is_global_zero:
-            task.save_pretrained(
+            own.save_pretrained(
                 folder / "model", recipe=config.changes(), figures=record.best or record.history.rows[-1],
                 **job.notes,
             )  # fmt: skip
@@ -216,7 +223,8 @@ class TaskModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.task(batch)
         parts = {name: part.detach() for name, part in losses.items()}
-        blame = partial(first_bad_layer, self.task, batch) if self.record.meter.every == 1 else None
+        alone = self.record.meter.every == 1 and not is_sharded(self.task)  # shards need all processes to look
+        blame = partial(first_bad_layer, self.task, batch) if alone else None
         place = self._place(batch, batch_idx)
         self.record.meter.add(Reading(parts, self.task.weight(batch), batch_count(batch), place, blame))
         return losses["loss"] * self._share(batch_idx)
@@ -264,6 +272,10 @@ class TaskModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.task.after_step(step + 1, self.config.epochs * self.steps_per_epoch)
 
+    def on_after_backward(self) -> None:
+        if self.trainer.world_size > 1 and not is_sharded(self.task):
+            refuse_unused(self.task)
+
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Clips by the norm over all parameters; Lightning's own way refuses a fused AdamW in mixed precision."""
         if self.config.precision != "fp16":
@@ -275,7 +287,8 @@ class TaskModule(LightningModule):
         self.metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.task.update(self.metrics, batch)
+        with gathered(self.task):
+            self.task.update(self.metrics, batch)
 
     def on_validation_epoch_end(self) -> None:
         scores = {name: float(value) for name, value in self.metrics.compute().items() if value.ndim == 0}
@@ -312,18 +325,6 @@ def refuse_start(folder: Path | None, resume: bool, override: Collection[str] = 
         )
 
 
-def _machine(config: TrainConfig) -> str:
-    """`cpu`, `cuda` or `mps`. Raises `ValueError` where it is not here, or cannot do what was asked for."""
-    device = pick_device(config.device).type
-    require(device != "cpu" or config.precision != "fp16", "precision", "be fp32 or bf16 on the CPU", "fp16")
-    refuse_strangers(config.devices * config.num_nodes)
-    here = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, config.devices)
-    require(
-        config.devices <= here, "devices", f"be at most {here}, the number of {device} devices here", config.devices
-    )
-    return device
-
-
 def _train(task: Task) -> None:
     """Training mode, but for parts that were frozen and put in evaluation mode, such as norms that keep their means."""
     frozen = [
@@ -340,19 +341,6 @@ def _own_randomness(device: str) -> Iterator[None]:
     """What the seeds of batches do to the global generators is undone afterwards."""
     with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
         yield
-
-
-def _trainer(config: TrainConfig, device: str, callbacks: list[Callback], folder: Path | None) -> Trainer:
-    limit = DEBUG_BATCHES if config.debug else None
-    with quiet():
-        return Trainer(
-            accelerator=device, devices=config.devices, num_nodes=config.num_nodes, use_distributed_sampler=False,
-            precision=PRECISIONS[config.precision], plugins=[WholeFiles()], callbacks=callbacks,
-            max_epochs=config.epochs, limit_train_batches=limit, limit_val_batches=limit, num_sanity_val_steps=0,
-            accumulate_grad_batches=config.accumulate,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=folder,
-        )  # fmt: skip
 
 
 def _open_folder(folder: Path, loader: Loader) -> None:

@@ -23,6 +23,7 @@ from vitrail.layers.modes import evaluating
 from vitrail.records import Batch
 from vitrail.tasks.base import Task
 from vitrail.train.history import HistoryLog
+from vitrail.train.strategies import gathered
 
 LOG = logging.getLogger("vitrail")
 LOOKED_AT = 2
@@ -50,7 +51,7 @@ class EntropyGuard(Callback):
         if batch_idx + 1 < trainer.num_training_batches or "image" not in batch or not self.attends:
             return
         task: Task = pl_module.task  # type: ignore[assignment]
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), gathered(task):
             found = layer_entropies(task, batch["image"][:LOOKED_AT])
         self.attends = bool(found)
         if not found:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from vitrail.records import Batch
 from vitrail.tasks.base import Task
+from vitrail.train.strategies import whole
 
 NAMED = 5
 """samples of a batch that a message names"""
@@ -74,9 +75,9 @@ class FiniteGuard:
         """To be called between backward and step. Raises `NonFiniteLoss` where one step too many would be left out."""
         parameters = [p for p in self.task.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bad = ~norm.isfinite()
+        bad = ~whole(norm).isfinite()
         self._unread.append((bad, place))
-        if norm.device.type != "cpu" and all(group.get("fused") for group in optimizer.param_groups):
+        if bad.device.type != "cpu" and all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad.item():
             self.flush(f" of {self._last_bad_gradient()}")
@@ -100,7 +101,11 @@ class FiniteGuard:
 
     def _last_bad_gradient(self) -> str:
         """The parameter nearest to the loss: backward goes from there to the input."""
-        bad = [name for name, p in self.task.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [
+            name
+            for name, p in self.task.named_parameters()
+            if p.grad is not None and not whole(p.grad).isfinite().all()
+        ]
         return bad[-1] if bad else "all together"
 
 

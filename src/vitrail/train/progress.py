@@ -26,6 +26,7 @@ EXPECTED_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",
     r"The `srun` command is available on your system but is not used",
     r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen parts
+    r"find_unused_parameters=True was specified in DDP constructor",  # asked since nobody knows the task
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # an average was overridden
 )
 

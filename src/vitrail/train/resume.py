@@ -98,7 +98,7 @@ def refuse_empty(train_loader: Loader, val_loader: Loader | None) -> None:
 
 def refuse_unshared(loader: Loader, config: TrainConfig) -> None:
     """Raises `ValueError` where several processes would all train on the same images."""
-    if config.devices * config.num_nodes > 1 and sharing_order(loader) is None:
+    if config.world > 1 and sharing_order(loader) is None:
         raise ValueError(
             f"--devices {config.devices} and --num-nodes {config.num_nodes} need a training loader that gives each "
             f"process its own images; got {_described(loader)}: use vitrail.data.loading.make_loader, or a DataLoader "
@@ -108,9 +108,8 @@ def refuse_unshared(loader: Loader, config: TrainConfig) -> None:
 
 def refuse_uneven(held_out: Iterable[ImageSet], config: TrainConfig) -> None:
     """Raises `ValueError` before training for what would end an evaluation after it: see `OrderedBatches`."""
-    world = config.devices * config.num_nodes
     for images in held_out:
-        len(OrderedBatches(len(images), config.batch_size, shuffle=False, rank=0, world=world))
+        len(OrderedBatches(len(images), config.batch_size, shuffle=False, rank=0, world=config.world))
 
 
 def _described(loader: Loader) -> str:
