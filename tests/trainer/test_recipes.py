@@ -39,11 +39,16 @@ def test_no_two_recipes_share_a_folder():
 
 
 def test_what_recipes_share_stands_in_one_file():
-    shared = TrainConfig.from_yaml(CONFIGS / "training.yaml")
     for path in set(RECIPES) - set(IMAGENET):
         assert path.read_text().count("include: training.yaml") == 1
+    shared = TrainConfig.from_yaml(CONFIGS / "training.yaml")
+    for path in set(CONFIGS.glob("*.yaml")) & set(RECIPES):
         own = TrainConfig.from_yaml(path)
         assert (own.epochs, own.lr, own.batch_size) == (shared.epochs, shared.lr, shared.batch_size)
+    for path in set((CONFIGS / "quick").glob("*.yaml")) & set(RECIPES):
+        own = TrainConfig.from_yaml(path)
+        assert (own.mixup, own.auto_augment, own.grow_from, own.label_smoothing) == (0, "none", 16, 0.1)
+        assert own.epochs <= 30
 
 
 @pytest.mark.parametrize(
