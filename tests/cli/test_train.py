@@ -111,8 +111,8 @@ def test_a_finished_run_takes_more_epochs(copy: Path, said: Said):
     (["--img-size", "64"], "weights do not fit, which nothing can override: backbone.pos_embed was (1, "),
     (["--seed", "4", "--override", "lr"], "or go on all the same with --override seed (in Python, override=('seed',))"),
     (["--lr", "9", "--override", "learning"], "may not change otherwise; got 'learning': "),
-    (["--devices", "2"], "--devices was 1, got 2: take the old values, or a new --out; or go on all the same with --al"),
-    (["--devices", "2", "--allow-world-change"], "--allow-world-change keeps the 4 images of a step; got 2 processes of"),
+    (["--devices", "2"], "--devices was 1, got 2: take the old values, or a new --out; or go on all the same with -"),
+    (["--devices", "2", "--allow-world-change"], "--allow-world-change keeps the 4 images of a step; got 2 "),
     (["--out", "elsewhere"], "goes on in its own folder {run}; got --out elsewhere: leave it out"),
     (["--config", "a.yaml"], "goes on by its own config.yaml; got --config a.yaml as well: drop one"),
 ])  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -290,9 +291,9 @@ def test_twenty_of_twenty_kills_of_two_processes(more, start, tmp_path):
 
 
 @pytest.mark.fault(44)
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_takes_the_other_down(victim, start, tmp_path):
-    both = pair(start, tmp_path, epochs=2000)
+@pytest.mark.parametrize(("victim", "strategy"), [(0, "ddp"), (1, "fsdp")])
+def test_a_process_that_dies_takes_the_other_down(victim, strategy, start, tmp_path, capfd):
+    both = pair(start, tmp_path, epochs=2000, strategy=strategy)
     wait = time.monotonic() + 60
     while not has_begun(tmp_path):
         assert time.monotonic() < wait
@@ -303,3 +304,7 @@ def test_a_process_that_dies_takes_the_other_down(victim, start, tmp_path):
     assert time.monotonic() - began < 60
     with pytest.raises(ProcessLookupError):
         os.killpg(both[1 - victim].pid, 0)
+    lost = (
+        r"ProcessLost: all 2 processes of a run take each step together; one ended, .* go on with: vitrail train --res"
+    )
+    assert re.search(lost, capfd.readouterr().err)

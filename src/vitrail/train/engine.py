@@ -39,7 +39,7 @@ from vitrail.train.finite import FiniteGuard, Place, first_bad_layer, skips_allo
 from vitrail.train.history import HistoryLog, LossMeter, Reading, Waits
 from vitrail.train.imagelist import write_list
 from vitrail.train.loggers import run_logs
-from vitrail.train.machine import machine, make_trainer, shares
+from vitrail.train.machine import in_company, machine, make_trainer, shares
 from vitrail.train.optim import make_optimizer
 from vitrail.train.progress import quiet
 from vitrail.train.resume import (
@@ -118,7 +118,8 @@ def fit(
     each its share of the training images, an `out` that already holds a run, nothing to resume, a checkpoint that is
     none of a run's, a run that was told something else, an `override` after which no epoch comes, an optimiser that
     cannot be made, or a folder in which another process trains; `OSError` where a checkpoint cannot be written;
-    `NonFiniteLoss` when training diverges; `Interrupted` on a signal.
+    `NonFiniteLoss` when training diverges; `ProcessLost` where another process of the run does not answer;
+    `Interrupted` on a signal.
     """
     folder = Path(out) if out is not None else None
     refuse_start(folder, resume, override)
@@ -162,8 +163,9 @@ def _fit(job: Job) -> History:
         _open_folder(folder, job.train_loader)
     with quiet(), handlers_kept(), same_kernels(config.deterministic), _own_randomness(job.device):
         try:
-            _run(trainer, job, record)
-            stop.heed(trainer)
+            with in_company(config, lambda: _farewell(folder, record, config.epochs)):
+                _run(trainer, job, record)
+                stop.heed(trainer)
         except StopRequested:
             raise Interrupted(_farewell(folder, record, config.epochs), stop.signal or 0) from None
     refuse_idle(job.start, len(record.history))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 
 from vitrail.names import require
@@ -19,6 +23,12 @@ from vitrail.train.strategies import STRATEGIES
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DEBUG_BATCHES = 4
+LOST = r"Connection (reset|closed) by|Broken pipe|[Tt]imed out|remote process exited"
+"""what gloo and NCCL say where another process does not answer"""
+
+
+class ProcessLost(ValueError):
+    """Another process of the run ended, or is out of reach: no step can be taken without it."""
 
 
 def machine(config: TrainConfig) -> str:
@@ -31,6 +41,21 @@ def machine(config: TrainConfig) -> str:
         config.devices <= here, "devices", f"be at most {here}, the number of {device} devices here", config.devices
     )
     return device
+
+
+@contextmanager
+def in_company(config: TrainConfig, farewell: Callable[[], str]) -> Iterator[None]:
+    """Within it, that another process was lost is a `ProcessLost` that ends with `farewell()`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if config.world == 1 or not re.search(LOST, str(error)):
+            raise
+        what = str(error).splitlines()[0]
+        raise ProcessLost(
+            f"all {config.world} processes of a run take each step together; one ended, or is out of reach ({what}): "
+            f"see what it said; {farewell()}"
+        ) from error
 
 
 def shares(config: TrainConfig) -> bool:

@@ -1,10 +1,10 @@
 """How several processes share a network: whole in each of them, or in shards (FSDP2).
 
-| `--strategy` | each process holds                     | gradients are                                  | source        |
-|--------------|----------------------------------------|------------------------------------------------|---------------|
-| `ddp`        | all weights, gradients and moments     | averaged while backward runs                   | Li et al. 2020, "PyTorch Distributed" |
-| `fsdp`       | its share of each of them              | averaged, each process getting its share       | Zhao et al. 2023, "PyTorch FSDP"      |
-| `auto`       | as `ddp`                               |                                                |               |
+| `--strategy` | each process holds                 | gradients                    | source                         |
+|--------------|------------------------------------|------------------------------|--------------------------------|
+| `ddp`        | all weights, gradients and moments | averaged while backward runs | Li et al. 2020, PyTorch DDP    |
+| `fsdp`       | its share of each of them          | averaged, to each its share  | Zhao et al. 2023, PyTorch FSDP |
+| `auto`       | as `ddp`                           |                              |                                |
 
     layer ─ gather its weights ─ forward ─ let go ─ … ─ gather ─ backward ─ let go, average and share its gradients
 
@@ -82,10 +82,11 @@ class Sharded(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._first({name: whole(value) for name, value in super().lightning_module_state_dict().items()})
+        own: dict[str, Any] = super().lightning_module_state_dict()
+        return self._first({name: whole(value) for name, value in own.items()})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        saved = super().optimizer_state(optimizer)
+        saved: dict[str, Any] = super().optimizer_state(optimizer)
         state = {n: {key: whole(value) for key, value in own.items()} for n, own in saved["state"].items()}
         return self._first({**saved, "state": state})
 
