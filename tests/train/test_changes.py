@@ -408,7 +408,8 @@ def test_the_error_names_both_flags_that_are_needed(train, make_task, stopped):
 
 
 @pytest.mark.parametrize(("was", "now", "accumulate"), [
-    (dict(devices=2), dict(), 2), (dict(num_nodes=4, accumulate=3), dict(devices=2), 6), (dict(), dict(devices=2), None),
+    (dict(devices=2), dict(), 2), (dict(num_nodes=4, accumulate=3), dict(devices=2), 6),
+    (dict(), dict(devices=2), None),
     (dict(accumulate=2), dict(devices=2), 1), (dict(devices=3), dict(devices=2), None),
     (dict(devices=3), dict(devices=2, batch_size=6), 2), (dict(devices=2), dict(accumulate=2), 2),
 ])  # fmt: skip
