@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "parity": studies.parity,
     "transfer": studies.transfer,
     "ablate": studies.ablate,
+    "tune": studies.tune,
     "demo": commands.demo,
 }
 

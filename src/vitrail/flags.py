@@ -41,7 +41,7 @@ def parse(prog: str, command: Callable[..., None], words: list[str]) -> tuple[li
     words = _spelled(parser, words)
     found = _read(parser, words)
     for kind in (hints[name] for name in parameters if is_dataclass(hints[name])):
-        saved = _saved(kind, found["config"], found["resume"])
+        saved = _saved(kind, found["config"], found.get("resume"))
         parser.set_defaults({name: list(v) if isinstance(v, tuple) else v for name, v in saved.items()})
         found = _read(parser, words)
     positional, flags = [], {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from vitrail.commands import check_matches, out_folder
+from vitrail.commands import check_matches, out_folder, tell
 from vitrail.names import check_choice
 from vitrail.train.config import Device, TrainConfig
 
@@ -115,3 +115,29 @@ def ablate(
     if compared := curves(rungs):
         save_figure(compared_curves(compared), Path(out) / "augmentation.png")
     print(markdown(rungs))
+
+
+def tune(
+    config: TrainConfig,
+    *,
+    search: Annotated[list[str] | None, "such as lr=1e-4..1e-2:log drop_path=0..0.3 optimizer=adamw,muon"] = None,
+    trials: Annotated[int, "how many there are to be in all, those of an earlier call counted"] = 20,
+    pruner: Annotated[str, "median, hyperband or none: which trials end early, by their validation figures"] = "median",
+) -> None:
+    """Search for the best settings, by validation images alone; print the trials (Markdown) and write best.yaml.
+
+    Takes the flags of train for what all trials share; --max-minutes is for the whole search. The same command goes on.
+    """
+    from vitrail.draw.canvas import save_figure
+    from vitrail.draw.plots import search_chart
+    from vitrail.files import write_whole
+    from vitrail.research.tune import markdown, tune as trials_of
+
+    place = out_folder("runs/tune" if config.out == TrainConfig.out else config.out)
+    for found in trials_of(replace(config, out=str(place)), search or (), trials, pruner):
+        write_whole(place / "tune.md", markdown(found) + "\n")  # what is done is there, whatever comes
+    tried = {row.number: (row.value, row.state == "complete") for row in found.rows if row.value is not None}
+    save_figure(search_chart(tried, found.importance), place / "tune.png")
+    print(markdown(found))
+    if found.best:
+        tell(f"train with what was found: vitrail train --config {place / 'best.yaml'}")

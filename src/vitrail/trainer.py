@@ -40,6 +40,7 @@ from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
 from vitrail.tasks.base import evaluate, pick_device
 from vitrail.tasks.classify import Classify, check_names
+from vitrail.train.callbacks import Watch
 from vitrail.train.changes import WORLD, same_step
 from vitrail.train.claim import CLAIM, claimed
 from vitrail.train.config import TrainConfig, say_idle
@@ -67,14 +68,17 @@ SILENT = "the model is saved without preprocessing, since its images came ready:
 MAKE = "give one that create_model makes, such as create_model('vit_tiny', num_classes=3)"
 
 
-def run_training(config: TrainConfig, *, resume: bool = False, override: Collection[str] = ()) -> History:
+def run_training(
+    config: TrainConfig, *, resume: bool = False, override: Collection[str] = (), watch: Watch | None = None
+) -> History:
     """Trains, evaluates and explains as `config` says, and writes its run folder. Returns the epochs' figures.
 
     With `resume` the folder's last checkpoint is gone on with, and no image that was held out is trained on: parts that
     were drawn stay, new images are trained on if `override` names `images`. The demo's recipe replaces its own former
     run. Raises `ValueError` as `fit` does, for a model that lacks what `config` asks of it, for held-out images that
     are gone, naming them, and for parts of the data that the processes cannot share, or a folder in which another
-    process trains. The logger `vitrail` is told of settings that do nothing here.
+    process trains. The logger `vitrail` is told of settings that do nothing here. `watch` is `fit`'s; a run that
+    somebody watches is one of a study's: no test image is looked at, and there is no report.
     """
     out = Path(config.out)
     check_workers(config.workers)
@@ -87,10 +91,10 @@ def run_training(config: TrainConfig, *, resume: bool = False, override: Collect
         if demo:
             _clear_demo(out)
         refuse_start(out, resume)
-        return _run(config, out, resume, override)
+        return _run(config, out, resume, override, watch)
 
 
-def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]) -> History:
+def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str], watch: Watch | None) -> History:
     """The run in a folder that is nobody else's."""
     former = read_record(out / "splits.json") if resume else None
     splits = _splits_again(config, former) if former else load_splits(config)
@@ -113,11 +117,13 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     with counted_in(BadImages(out, resume=resume), train, val, test) as bad:
         history = fit(
             task, train, val, config, augment=augment, out=out, resume=resume, override=override,
-            notes={"drawn": splits.digests()},
+            notes={"drawn": splits.digests()}, watch=watch,
         )  # fmt: skip
         with _kept(out):
             if resume:  # only now: a resume that was refused changes nothing
                 write_whole(out / "splits.json", json.dumps(record, indent=1))
+            if watch:
+                return history
             best = Classify(load_model(out).to(pick_device(config.device)))
             figures = report_run(out, best, test, history, facts := _facts(config, splits, model), bad)
             conclude_logs(config, out, facts.split, figures, len(history))
@@ -145,7 +151,7 @@ def _sizes(config: TrainConfig, model: Backbone, batches: int) -> Sizes | None:
 
 def resume_training(
     run: str | Path, config: TrainConfig | None = None, *, override: Collection[str] = (),
-    allow_world_change: bool = False,
+    allow_world_change: bool = False, watch: Watch | None = None,
 ) -> History:  # fmt: skip
     """Goes on with a run folder where its last checkpoint stands, as its config.yaml says, or as `config` does.
 
@@ -164,7 +170,7 @@ def resume_training(
         if "accumulate" not in override:
             now = same_step(former, now)
         override = [*override, *WORLD, "accumulate"]
-    return run_training(now, resume=True, override=override)
+    return run_training(now, resume=True, override=override, watch=watch)
 
 
 def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
@@ -380,9 +386,8 @@ class ViTTrainer:
                     facts = self._facts(given, "val" if test_loader is None else "test")
                     with _kept(out):
                         task.to(pick_device(config.device))
-                        conclude_logs(
-                            config, out, facts.split, report_run(out, task, held_out, history, facts, bad), len(history)
-                        )
+                        figures = report_run(out, task, held_out, history, facts, bad)
+                        conclude_logs(config, out, facts.split, figures, len(history))
                     task.cpu()
         return history
 

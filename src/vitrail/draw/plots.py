@@ -171,6 +171,35 @@ def compared_curves(histories: Mapping[str, History]) -> Canvas:
     return drawing
 
 
+def search_chart(tried: Mapping[int, tuple[float, bool]], importance: Mapping[str, float]) -> Canvas:
+    """What each trial of a search came to, by its number, and which settings mattered, where that is known.
+
+    `tried` has a trial's figure in 0 … 1 and whether it was completed: those that were not are hollow.
+    """
+    drawing = Canvas(8.4 if importance else 4.4, 3.0)
+    left, *right = drawing.subplots(1, 2 if importance else 1, squeeze=False).flat
+    dress(left, "validation figure of each trial", "trial")
+    for whole, face in ((True, BLUE), (False, "none")):
+        found = {number: value for number, (value, complete) in tried.items() if complete == whole}
+        label = "complete" if whole else "ended early"
+        left.plot(list(found), list(found.values()), "o", color=BLUE, markerfacecolor=face, markersize=4, label=label)
+    numbers, values = list(tried), [value if complete else -np.inf for value, complete in tried.values()]
+    best = np.maximum.accumulate(np.array(values or [-np.inf]))
+    known = np.isfinite(best)
+    left.step(np.array(numbers or [0])[known], best[known], where="post", color=ORANGE, label="best so far")
+    left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    left.yaxis.set_major_formatter(PERCENT)
+    left.legend(fontsize=SMALL, frameon=False, labelcolor=INK)
+    for axes in right:
+        dress(axes, "share in what trials differ by")
+        places = np.arange(len(importance))
+        axes.barh(places, list(importance.values()), color=FILL, edgecolor=BLUE, linewidth=0.8, height=0.7)
+        axes.set_yticks(places, list(importance), fontsize=SMALL, parse_math=False)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(PERCENT)
+    return drawing
+
+
 class _Line(NamedTuple):
     label: str
     colour: str
