@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from vitrail.data.badimages import BadImages
 from vitrail.data.imagesets import TensorSet
 from vitrail.data.loading import make_loader
-from vitrail.data.watch import LoaderError
+from vitrail.data.watch import LoaderError, counted_in
 from vitrail.images import ImageError
 
 
@@ -66,6 +68,30 @@ def test_a_worker_that_is_killed_is_named_with_its_image(workers):
         list(loader(die, workers=workers))
     assert time.monotonic() - began < 20
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.fault(36)
+def test_a_worker_that_dies_while_something_else_is_done_is_named_too():
+    """The system tells of it at once: in a training step, or wherever the program is."""
+    words = r"worker \d was killed by SIGKILL, as the system does .* while at "
+    with pytest.raises(LoaderError, match=words), counted_in(BadImages(), made := loader(None)):
+        batches = iter(made)
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(20)
+    del batches, made
+    gc.collect()
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_of_somebody_elses_worker_passes():
+    made = loader(None)
+    made.dataset.images.at = None
+    list(made)
+    for text in ("DataLoader worker (pid 1) is killed by signal: Killed.", "DataLoader worker"):
+        with pytest.raises(RuntimeError, match="DataLoader worker") as error, counted_in(BadImages(), made):
+            raise RuntimeError(text)
+        assert not isinstance(error.value, LoaderError)
 
 
 @pytest.mark.fault(37)

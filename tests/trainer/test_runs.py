@@ -162,8 +162,8 @@ def test_a_run_that_ends_before_its_images_have_grown_says_so(
     with pytest.raises(Stop):
         run_training(short)
     assert caplog.messages[-1] == (
-        f"training images do not get to their full 32 pixels in this run (batches: {batches}): give more --epochs, or a "
-        "smaller --grow-until"
+        f"training images do not get to their full 32 pixels in this run (batches: {batches}): give more --epochs, or "
+        "a smaller --grow-until"
     )
 
 

@@ -8,6 +8,7 @@ What a worker could not read it sends along with the batch; the main process tak
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,9 +79,12 @@ class WatchedLoader(DataLoader[Batch]):
     ) -> None:
         super().__init__(*args, **options)
         self._board, self.names, self._learnt, self.bad = board, names, learnt, BadImages()
+        self._started: list[Any] = []
+        """workers of the last pass"""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         inner = super().__iter__()
+        self._started = list(getattr(inner, "_workers", []))
         if self._learnt is not None:
             self.bad.learnt = self._learnt
         while (drawn := self._next(inner)) is not None:
@@ -103,6 +107,17 @@ class WatchedLoader(DataLoader[Batch]):
             message = self._hanging(workers) if hangs else self._dead(workers, gone)
             self._end(inner, workers)
             raise LoaderError(message) from None
+
+    def name_dead(self, error: RuntimeError) -> None:
+        """Raises `LoaderError` in the place of torch's error, wherever that came up, if it is of a worker of this one.
+
+        The system tells of a dead worker at any moment: most often not where a batch is waited for.
+        """
+        said = re.fullmatch(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) .*", str(error).strip(), re.DOTALL)
+        dead = set(said[1].split(", ")) if said else set()
+        gone = [n for n, worker in enumerate(self._started) if str(worker.pid) in dead and _is_gone(worker)]
+        if gone:
+            raise LoaderError(self._dead(self._started, gone)) from None
 
     def _dead(self, workers: list[Any], gone: list[int]) -> str:
         how = "; ".join(f"worker {n} {_cause(workers[n].exitcode)} while at {self._place(n)}" for n in gone)
@@ -133,12 +148,19 @@ class WatchedLoader(DataLoader[Batch]):
 
 @contextmanager
 def counted_in(bad: BadImages, *loaders: Iterable[Any] | None) -> Iterator[BadImages]:
-    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read; told at the end, come what may."""
+    """`bad`, in which loaders of vitrail's count meanwhile what they cannot read; told at the end, come what may.
+
+    Raises `LoaderError` for a worker of theirs that dies, wherever the program is when it hears of it.
+    """
     own = {loader: loader.bad for loader in loaders if isinstance(loader, WatchedLoader)}
     for loader in own:
         loader.bad = bad
     try:
         yield bad
+    except RuntimeError as error:
+        for loader in own:
+            loader.name_dead(error)
+        raise
     finally:
         for loader, its in own.items():
             loader.bad = its
