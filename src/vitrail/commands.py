@@ -85,8 +85,8 @@ def evaluate(
     as_json: Annotated[bool, "print JSON"] = False,
 ) -> None:
     """Measure a trained model on a data set's held-out images, or on images that it has never seen."""
+    from vitrail.evaluation import evaluate_model
     from vitrail.report import as_json as numbers
-    from vitrail.trainer import evaluate_model
 
     found = evaluate_model(
         model, data=data, data_dir=data_dir, split=split, batch_size=batch_size, device=device,

@@ -13,32 +13,30 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
-from vitrail.data.badimages import BadImages, OnBadImage
-from vitrail.data.datasets import DataConfig, DataError, load_splits, say_few
-from vitrail.data.imagesets import ImageSet, Splits, read_record
-from vitrail.data.loading import check_workers, make_loader
+from vitrail.data.badimages import BadImages
+from vitrail.data.datasets import DataConfig, load_splits, say_few
+from vitrail.data.imagesets import Splits, read_record
+from vitrail.data.loading import check_workers
 from vitrail.data.sizes import SizeConfig, Sizes
-from vitrail.data.transforms import Transform, eval_transform, train_transform
-from vitrail.data.watch import WatchedLoader, counted_in
+from vitrail.data.transforms import train_transform
+from vitrail.data.watch import counted_in
+from vitrail.evaluation import eval_loader, image_loader, some, splits_again
 from vitrail.files import write_whole
-from vitrail.folder import find_folder, read_card
 from vitrail.models.backbone import Backbone, said_preprocess
 from vitrail.models.convnet import ConvNet
 from vitrail.models.registry import resolve_name
 from vitrail.models.vit import VisionTransformer
 from vitrail.models.vit_config import ViTConfig
-from vitrail.names import TRAIN_SPELLINGS, check_choice, normalise_kwargs, shortened
+from vitrail.names import TRAIN_SPELLINGS, normalise_kwargs, shortened
 from vitrail.records import Batch, History, Preprocess
 from vitrail.report import RunFacts, report_run
-from vitrail.tasks.base import evaluate, pick_device
+from vitrail.tasks.base import pick_device
 from vitrail.tasks.classify import Classify, check_names
 from vitrail.train.callbacks import Watch
 from vitrail.train.changes import WORLD, same_step
@@ -51,7 +49,7 @@ from vitrail.train.machine import DEBUG_BATCHES
 from vitrail.train.network import make_model, network_record, row_named
 from vitrail.train.resume import Loader, refuse_uneven
 from vitrail.train.task import make_task
-from vitrail.weights.load import SHIPPED, load_model
+from vitrail.weights.load import load_model
 
 LOG = logging.getLogger("vitrail")
 DEMO = files("vitrail") / "assets" / "demo.yaml"
@@ -97,9 +95,9 @@ def run_training(
 def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str], watch: Watch | None) -> History:
     """The run in a folder that is nobody else's."""
     former = read_record(out / "splits.json") if resume else None
-    splits = _splits_again(config, former) if former else load_splits(config)
+    splits = splits_again(config, former) if former else load_splits(config)
     if former and list(splits.classes) != former["classes"]:
-        was, now = _some(tuple(former["classes"])), _some(splits.classes)
+        was, now = some(tuple(former["classes"])), some(splits.classes)
         raise ValueError(f"{config.data} had the classes {was} when training began; now it has {now}: train anew")
     refuse_uneven((splits.val, splits.test), config)
     model = make_model(config, splits, former.get("network") if former else None)
@@ -108,7 +106,7 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     if former and "preprocess" in former and "preprocess" not in override:  # of the images that training began with
         model.preprocess = Preprocess.from_dict(former["preprocess"]).replace(img_size=model.preprocess.img_size)
     task = make_task(model, config, list(splits.train.counts().values()))
-    train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
+    train = image_loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
     augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model, len(train)))
     record = splits.record() | {"preprocess": asdict(model.preprocess)} | network_record(config, model)
@@ -173,15 +171,6 @@ def resume_training(
     return run_training(now, resume=True, override=override, watch=watch)
 
 
-def _splits_again(config: DataConfig, former: dict[str, Any]) -> Splits:
-    """The parts as `former` records them; images that came later are for training, which is said."""
-    splits = load_splits(config, former["drawn"])
-    more = len(splits.train) - sum(former["counts"]["train"].values())
-    if more and splits.drawn:
-        LOG.warning("%s has %+d images since its parts were drawn; new ones are for training", config.data, more)
-    return splits
-
-
 def _clear_demo(out: Path) -> None:
     """Removes a former run of the demo. Raises `ValueError` for a folder that holds anything else."""
     held = sorted(path.name for path in out.iterdir() if path.name not in CLAIM) if out.is_dir() else []
@@ -209,19 +198,6 @@ def demo_config(out: str = "runs/demo") -> TrainConfig:
     return replace(TrainConfig.from_yaml(Path(str(DEMO))), out=out)
 
 
-def eval_loader(images: ImageSet, model: Backbone, config: DataConfig) -> WatchedLoader:
-    """One pass over images, as the model's preprocessing wants them."""
-    return _loader(images, config, eval_transform(model.preprocess), train=False)
-
-
-def _loader(images: ImageSet, config: DataConfig, transform: Transform, *, train: bool) -> WatchedLoader:
-    return make_loader(
-        images, batch_size=config.batch_size, train=train, seed=config.seed, workers=config.workers,
-        timeout=config.worker_timeout, on_bad_image=config.on_bad_image, transform=transform,
-        repeats=config.repeats if train else 1,
-    )  # fmt: skip
-
-
 @contextmanager
 def _kept(out: Path) -> Iterator[None]:
     """For what follows training: an error, or an interruption, then says as a note where the model is."""
@@ -230,91 +206,6 @@ def _kept(out: Path) -> Iterator[None]:
     except BaseException as error:
         error.add_note(f"training is done, and its model is saved in {out / 'model'}; only what comes after it failed")
         raise
-
-
-class Measured(dict[str, Tensor]):
-    """The figures of a model by their names, and of which images they are."""
-
-    def __init__(self, figures: Mapping[str, Tensor], splits: Splits, split: str, bad_images: int) -> None:
-        super().__init__(figures)
-        self.classes = splits.classes
-        self.split = "val" if split == "test" and splits.test is splits.val else split
-        self.drawn = split in splits.drawn or (split == "train" and bool(splits.drawn))
-        """whether the part was drawn, because the data does not name it"""
-        self.bad_images = bad_images
-        """images of the part that were left out"""
-        self.images = sum(map(len, splits.part(split))) - bad_images
-        self.total = sum(map(len, splits.part("all")))
-        """images of the whole data set"""
-
-
-def evaluate_model(
-    name: str | Path, *, data: str, data_dir: str = "data", split: str | None = None, batch_size: int = 128,
-    device: str = "auto", workers: int = 0, on_bad_image: OnBadImage = "raise",
-) -> Measured:  # fmt: skip
-    """All figures of a trained model on a part of a data set, `train`, `val` or `test`, or on `all` of it.
-
-    Where the data names no such part, it is drawn as it was for the model's own training, so that no image that the
-    model was trained on is among it. Without `split` it is `test`, or `all` of data that names no parts and is not what
-    the model was trained on. With `on_bad_image="skip"`, images that cannot be read are left out and counted.
-    Raises `ValueError` where the data has other classes than the model, naming both, and what the loader raises.
-    """
-    if split is not None:
-        check_choice("--split", split, ("train", "val", "test", "all"))
-    model = load_model(name).to(pick_device(device))
-    config = DataConfig(
-        data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, img_size=min(model.preprocess.img_size),
-        on_bad_image=on_bad_image,
-    )  # fmt: skip
-    splits, own = _splits_as_trained(name, config)
-    split = split or ("test" if own or "test" not in splits.drawn else "all")
-    task = Classify(model)
-    if splits.classes != (model.classes or splits.classes) or len(splits.classes) != task.num_classes:
-        raise ValueError(
-            f"{name} knows the classes {_some(task.classes)}; {data} has {_some(splits.classes)}: "
-            "take data with the model's classes"
-        )
-    loaders = [eval_loader(images, model, config) for images in splits.part(split)]
-    with counted_in(BadImages(), *loaders) as bad:
-        return Measured(evaluate(task, chain.from_iterable(loaders)), splits, split, len(bad))
-
-
-def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bool]:
-    """The parts of the data as they were drawn when the model was trained on them, and whether it was, by all that is
-    known: by the name of the data, or by the images' own. Those of other data are drawn anew.
-
-    They stand in the run's splits.json; a model folder alone knows seed and share, and a sum to tell by whether the
-    draw is the same. Raises `ValueError` where it is not: images that were trained on would be among those held out.
-    """
-    folder = SHIPPED[str(name)].folder if name in SHIPPED else find_folder(name)
-    training = read_card(folder).training
-    recipe, digests = training.get("recipe", {}), training.get("drawn", {})
-    config = replace(config, **{key: recipe[key] for key in ("seed", "val_fraction") if key in recipe})
-    own = _same_data(recipe.get("data", DataConfig.data), config.data)
-    if (folder.parent / "splits.json").is_file():
-        try:
-            return _splits_again(config, read_record(folder.parent / "splits.json")), True
-        except DataError:
-            if own:
-                raise
-    splits = load_splits(config)
-    same = splits.digests() == digests
-    if own and digests and not same:
-        raise ValueError(
-            f"{config.data} is not what it was when {name} was trained on it, so what was held out is unknown: "
-            "evaluate the run folder, whose splits.json says it"
-        )
-    return splits, own or (same and bool(digests))
-
-
-def _same_data(one: str, other: str) -> bool:
-    """Whether two `--data` name the same images, a folder in two spellings for one."""
-    paths = [Path(name.removeprefix("folder:")).expanduser().resolve() for name in (one, other)]
-    return one == other or (one.startswith("folder:") and other.startswith("folder:") and paths[0] == paths[1])
-
-
-def _some(classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[:5]) + (f" … ({len(classes)})" if len(classes) > 5 else "")
 
 
 class ViTTrainer:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from vitrail.data.datasets import load_splits
 from vitrail.data.imagesets import ImageSet
 from vitrail.data.loading import make_loader
+from vitrail.evaluation import evaluate_model
 from vitrail.models.registry import build_model
 from vitrail.records import Batch
 from vitrail.train.config import TrainConfig
 from vitrail.trainer import (
-    evaluate_model,
     resume_training,
     run_training,
 )
@@ -57,7 +57,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             seen.update(images.ids)
         return make_loader(images, **settings)
 
-    monkeypatch.setattr("vitrail.trainer.make_loader", watched)
+    monkeypatch.setattr("vitrail.evaluation.make_loader", watched)
     return seen
 
 

@@ -16,13 +16,13 @@ from vitrail.data.datasets import load_splits
 from vitrail.data.imagesets import Splits, TensorSet
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import RandomResizedCrop, eval_transform
+from vitrail.evaluation import eval_loader
 from vitrail.tasks.base import evaluate
 from vitrail.tasks.classify import Classify
 from vitrail.train.config import TrainConfig
 from vitrail.train.network import make_model
 from vitrail.trainer import (
     demo_config,
-    eval_loader,
     resume_training,
     run_training,
 )

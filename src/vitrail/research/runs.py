@@ -20,13 +20,14 @@ from torch import Tensor
 
 from vitrail.data.datasets import load_splits
 from vitrail.draw.plots import Measure
+from vitrail.evaluation import eval_loader
 from vitrail.files import write_whole
 from vitrail.tasks.base import pick_device
 from vitrail.tasks.classify import Classify
 from vitrail.train.checkpoint import has_checkpoints
 from vitrail.train.config import TrainConfig
 from vitrail.train.finetune import tuned
-from vitrail.trainer import eval_loader, resume_training, run_training
+from vitrail.trainer import resume_training, run_training
 from vitrail.weights.load import load_model
 
 RESAMPLES = 2000
