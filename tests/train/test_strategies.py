@@ -234,11 +234,14 @@ def stepped(rank: int, make_task: Callable[..., Classify], folder: Path) -> None
     torch.save(found, folder / f"{rank}.pt")
 
 
+@pytest.mark.full
 @pytest.mark.forks
 def test_every_optimizer_takes_the_steps_of_one_process(make_task, in_two_processes, tmp_path):
     """On the median: where a gradient is nought but rounding, Adam's step and Lion's have any sign. Muon's matrices are
     made orthogonal in bf16.
     """
+    for name in OPTIMIZERS:
+        make_optimizer(make_task(), TrainConfig(optimizer=name))  # imports what both would import
     in_two_processes(lambda rank: stepped(rank, make_task, tmp_path))
     apart = torch.load(tmp_path / "0.pt")
     assert apart.keys() == OPTIMIZERS.keys()
