@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 import sys
 import warnings
@@ -34,23 +33,13 @@ def nobody_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's data base with its tables, which take seconds to make."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    with warnings.catch_warnings(action="ignore"):
-        MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The user's own store: a client of it."""
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The user's own store, of files, since a data base takes its time to be made: a client of it."""
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{shutil.copyfile(empty_store, tmp_path / 'own.db')}"
+    uri = (tmp_path / "own").as_uri()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(action="ignore"):
@@ -142,11 +131,9 @@ def test_a_new_run_in_a_folder_where_one_died_early_is_a_new_one(train, tmp_path
     assert store.get_run(json.loads((tmp_path / "loggers.json").read_text())["mlflow"]).info.status == "FINISHED"
 
 
-def test_without_an_address_mlflow_writes_into_the_run_folder(tmp_path: Path, empty_store: Path, monkeypatch):
+def test_without_an_address_mlflow_writes_into_the_run_folder(tmp_path: Path):
     from mlflow import MlflowClient
 
-    (tmp_path / "mlflow").mkdir()
-    shutil.copyfile(empty_store, tmp_path / "mlflow" / "mlflow.db")
     log = MlflowLog(TrainConfig(), tmp_path, resumed=False)
     (tmp_path / "report.html").write_text("a report")
     for step, words in (
