@@ -77,6 +77,19 @@ def test_every_setting_is_compared(make_task, stopped):
             assert line == f"overridden from epoch 2 on: {flag} {before[field.name]} -> {value}"
 
 
+def test_the_model_that_is_meant_where_none_is_named_had_another_name_once(make_task, stopped):
+    last = stopped / "checkpoints" / "last.ckpt"
+    held = torch.load(last, weights_only=True)
+    now = held["told"]
+    assert now["model"] == "auto"
+    held["told"] = {**now, "model": "vit_tiny"}
+    torch.save(held, last)
+    assert not go_on(last, now, make_task()).changed
+    for other in ({"model": "vit_small"}, {"from_weights": "elsewhere"}):
+        with pytest.raises(ValueError, match="--model was vit_tiny, got "):
+            go_on(last, now | other, make_task())
+
+
 @pytest.mark.fault(45)
 def test_what_would_do_nothing_cannot_be_overridden(train, stopped):
     """The images that were held out stay so, whatever share of them is asked for."""
