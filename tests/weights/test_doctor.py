@@ -52,7 +52,7 @@ def test_names_of_others_are_known(keymap, tmp_path: Path):
 def test_a_folder_of_ours_is_known_by_its_card(tmp_path: Path):
     model = prompted(build_model("vit_debug", num_classes=3), "deep_prompts:2")
     assert inspect(model.save_pretrained(tmp_path / "prompted"))[2:4] == [
-        "network: vit_debug, a vit, with reg_tokens=2, deep_prompts=2",
+        "network: vit_debug, a vit, with deep_prompts=2, reg_tokens=2",
         "classes: 3",
     ]
     own = build_model("vit_debug", num_classes=0, depth=3, embed_dim=24)
