@@ -22,10 +22,10 @@ from torch import Tensor
 
 from vitrail.data.augment import AugmentConfig, BatchAugment, crop_kind
 from vitrail.data.badimages import BadImages, OnBadImage
-from vitrail.data.datasets import DataConfig, DataError, load_splits, say_few
+from vitrail.data.datasets import DataConfig, DataError, load_splits, same_data, say_few
 from vitrail.data.imagesets import ImageSet, Splits, read_record
 from vitrail.data.loading import check_workers, make_loader
-from vitrail.data.sizes import SizeConfig, Sizes
+from vitrail.data.sizes import SizeConfig, changing_sizes
 from vitrail.data.transforms import Transform, eval_transform, train_transform
 from vitrail.data.watch import WatchedLoader, counted_in
 from vitrail.files import write_whole
@@ -110,7 +110,9 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     task = make_task(model, config, list(splits.train.counts().values()))
     train = _loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
-    augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model, len(train)))
+    batches = min(len(train), DEBUG_BATCHES) if config.debug else len(train)
+    sizes = changing_sizes(config, model.preprocess.img_size, model.cell, config.epochs, batches)
+    augment = BatchAugment(config, model.preprocess, len(splits.classes), sizes)
     record = splits.record() | {"preprocess": asdict(model.preprocess)} | network_record(config, model)
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
@@ -128,25 +130,6 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
             figures = report_run(out, best, test, history, facts := _facts(config, splits, model), bad)
             conclude_logs(config, out, facts.split, figures, len(history))
     return history
-
-
-def _sizes(config: TrainConfig, model: Backbone, batches: int) -> Sizes | None:
-    """How the size of training images changes, if it does; the logger `vitrail` is told what is to come.
-
-    `batches` are those of an epoch.
-    """
-    if not config.changes_sizes:
-        return None
-    sizes = Sizes(config, model.preprocess.img_size, model.cell)
-    batches = min(batches, DEBUG_BATCHES) if config.debug else batches
-    if plan := sizes.plan(config.epochs, batches):
-        LOG.info("training images have a short side of %s", plan)
-    if not sizes.grows_up(total := config.epochs * batches):
-        LOG.warning(
-            "training images do not get to their full %d pixels in this run (batches: %d): give more --epochs, or a "
-            "smaller --grow-until", min(sizes.full), total,
-        )  # fmt: skip
-    return sizes
 
 
 def resume_training(
@@ -290,7 +273,7 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bo
     training = read_card(folder).training
     recipe, digests = training.get("recipe", {}), training.get("drawn", {})
     config = replace(config, **{key: recipe[key] for key in ("seed", "val_fraction") if key in recipe})
-    own = _same_data(recipe.get("data", DataConfig.data), config.data)
+    own = same_data(recipe.get("data", DataConfig.data), config.data)
     if (folder.parent / "splits.json").is_file():
         try:
             return _splits_again(config, read_record(folder.parent / "splits.json")), True
@@ -305,12 +288,6 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bo
             "evaluate the run folder, whose splits.json says it"
         )
     return splits, own or (same and bool(digests))
-
-
-def _same_data(one: str, other: str) -> bool:
-    """Whether two `--data` name the same images, a folder in two spellings for one."""
-    paths = [Path(name.removeprefix("folder:")).expanduser().resolve() for name in (one, other)]
-    return one == other or (one.startswith("folder:") and other.startswith("folder:") and paths[0] == paths[1])
 
 
 def _some(classes: tuple[str, ...]) -> str:

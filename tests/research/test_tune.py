@@ -203,7 +203,8 @@ def test_a_search_that_was_told_otherwise_is_refused(config: TrainConfig, made_u
     list(tune(config, SEARCH, trials=1))
     other = replace(config, label_smoothing=0.1)
     for told, search, pruner, what in (
-        (other, SEARCH, "median", "settings"), (config, SEARCH[:2], "median", "space"), (config, SEARCH, "none", "pruner"),
+        (other, SEARCH, "median", "settings"), (config, SEARCH[:2], "median", "space"),
+        (config, SEARCH, "none", "pruner"),
         (replace(config, epochs=9), SEARCH, "median", "epochs"),
     ):  # fmt: skip
         with pytest.raises(

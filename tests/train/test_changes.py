@@ -64,7 +64,7 @@ def test_every_setting_is_compared(make_task, stopped):
     before = read(last)["told"]
     assert {field.name for field in fields(TrainConfig)} > FREE | set(SETTLED)
     for field in fields(TrainConfig):
-        value = "another" if isinstance(before[field.name], str | None) else before[field.name] + 1
+        value = "another" if isinstance(before[field.name], str | tuple | None) else before[field.name] + 1
         now = before | {field.name: value}
         if field.name in FREE:
             assert not go_on(last, now, task).changed

@@ -172,7 +172,7 @@ def test_bands_are_a_sequence_that_names_a_colour(shop: Any):
             "bands have names of their own but for red, green and blue, .*; got 'bleu': "
             r"did you mean blue\?",
         ),
-        (("red", "grene", "blue", "nir"), r"got 'grene': did you mean green\?"),
+        (("red", "grene", "blue", "nir"), r"bands have names .*; got 'grene': did you mean green\?"),
     ):
         with pytest.raises(ValueError, match=f"^here: {message}"):
             fit(shop.network(in_chans=4), shop.state(), bands=bands)
