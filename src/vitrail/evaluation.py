@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.data.badimages import BadImages, OnBadImage
-from vitrail.data.datasets import DataConfig, DataError, load_splits
+from vitrail.data.datasets import DataConfig, DataError, load_splits, same_data
 from vitrail.data.imagesets import ImageSet, Splits, read_record
 from vitrail.data.loading import make_loader
 from vitrail.data.transforms import Transform, eval_transform
@@ -101,7 +101,7 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bo
     training = read_card(folder).training
     recipe, digests = training.get("recipe", {}), training.get("drawn", {})
     config = replace(config, **{key: recipe[key] for key in ("seed", "val_fraction") if key in recipe})
-    own = _same_data(recipe.get("data", DataConfig.data), config.data)
+    own = same_data(recipe.get("data", DataConfig.data), config.data)
     if (folder.parent / "splits.json").is_file():
         try:
             return splits_again(config, read_record(folder.parent / "splits.json")), True
@@ -116,12 +116,6 @@ def _splits_as_trained(name: str | Path, config: DataConfig) -> tuple[Splits, bo
             "evaluate the run folder, whose splits.json says it"
         )
     return splits, own or (same and bool(digests))
-
-
-def _same_data(one: str, other: str) -> bool:
-    """Whether two `--data` name the same images, a folder in two spellings for one."""
-    paths = [Path(name.removeprefix("folder:")).expanduser().resolve() for name in (one, other)]
-    return one == other or (one.startswith("folder:") and other.startswith("folder:") and paths[0] == paths[1])
 
 
 def some(classes: tuple[str, ...]) -> str:

@@ -94,7 +94,7 @@ def ablate(
     from vitrail.draw.canvas import save_figure
     from vitrail.draw.plots import compared_curves, interval_bars
     from vitrail.files import write_whole
-    from vitrail.research.ablate import ablation, curves, markdown
+    from vitrail.research.ablate import ablation, curves, markdown, stays
 
     told: dict[str, Any] = {
         "epochs": epochs,
@@ -106,15 +106,15 @@ def ablate(
     recipe = replace(
         TrainConfig.from_yaml(config), **{name: value for name, value in told.items() if value is not None}
     )
-    rungs = []
+    rungs, kept = [], stays(recipe)
     for rung in ablation(recipe, seeds):
         rungs.append(rung)
-        write_whole(Path(out) / "ablation.md", markdown(rungs) + "\n")  # what is done is there, whatever comes
+        write_whole(Path(out) / "ablation.md", markdown(rungs, kept) + "\n")  # what is done is there, whatever comes
     chart = interval_bars({rung.name: rung.accuracy for rung in rungs}, f"test accuracy on {recipe.data}")
     save_figure(chart, Path(out) / "ablation.png")
     if compared := curves(rungs):
         save_figure(compared_curves(compared), Path(out) / "augmentation.png")
-    print(markdown(rungs))
+    print(markdown(rungs, kept))
 
 
 def tune(

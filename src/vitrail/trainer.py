@@ -23,7 +23,7 @@ from vitrail.data.badimages import BadImages
 from vitrail.data.datasets import DataConfig, load_splits, say_few
 from vitrail.data.imagesets import Splits, read_record
 from vitrail.data.loading import check_workers
-from vitrail.data.sizes import SizeConfig, Sizes
+from vitrail.data.sizes import SizeConfig, changing_sizes
 from vitrail.data.transforms import train_transform
 from vitrail.data.watch import counted_in
 from vitrail.evaluation import eval_loader, image_loader, some, splits_again
@@ -108,7 +108,9 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
     task = make_task(model, config, list(splits.train.counts().values()))
     train = image_loader(splits.train, config, train_transform(model.preprocess, config), train=True)
     val, test = (eval_loader(images, model, config) for images in (splits.val, splits.test))
-    augment = BatchAugment(config, model.preprocess, len(splits.classes), _sizes(config, model, len(train)))
+    batches = min(len(train), DEBUG_BATCHES) if config.debug else len(train)
+    sizes = changing_sizes(config, model.preprocess.img_size, model.cell, config.epochs, batches)
+    augment = BatchAugment(config, model.preprocess, len(splits.classes), sizes)
     record = splits.record() | {"preprocess": asdict(model.preprocess)} | network_record(config, model)
     if not resume:
         write_whole(out / "splits.json", json.dumps(record, indent=1))
@@ -126,25 +128,6 @@ def _run(config: TrainConfig, out: Path, resume: bool, override: Collection[str]
             figures = report_run(out, best, test, history, facts := _facts(config, splits, model), bad)
             conclude_logs(config, out, facts.split, figures, len(history))
     return history
-
-
-def _sizes(config: TrainConfig, model: Backbone, batches: int) -> Sizes | None:
-    """How the size of training images changes, if it does; the logger `vitrail` is told what is to come.
-
-    `batches` are those of an epoch.
-    """
-    if not config.changes_sizes:
-        return None
-    sizes = Sizes(config, model.preprocess.img_size, model.cell)
-    batches = min(batches, DEBUG_BATCHES) if config.debug else batches
-    if plan := sizes.plan(config.epochs, batches):
-        LOG.info("training images have a short side of %s", plan)
-    if not sizes.grows_up(total := config.epochs * batches):
-        LOG.warning(
-            "training images do not get to their full %d pixels in this run (batches: %d): give more --epochs, or a "
-            "smaller --grow-until", min(sizes.full), total,
-        )  # fmt: skip
-    return sizes
 
 
 def resume_training(

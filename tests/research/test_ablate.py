@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitrail.cli import main
 from vitrail.research import runs
-from vitrail.research.ablate import FIRST, PLAIN, ablation, curves, ladder, markdown
+from vitrail.research.ablate import FIRST, PLAIN, ablation, curves, ladder, markdown, stays
 from vitrail.research.runs import Tried, accuracy, gain, interval
 from vitrail.train.config import TrainConfig
 
@@ -114,3 +114,11 @@ def test_curves_are_of_the_recipe_and_of_it_without_augmentation(recipe: Path, t
         assert found[PLAIN].rows[0]["train_loss"] == float(next(csv.DictReader(file))["train_loss"])
     assert curves(rungs[:-1]) == {}
     assert "| + adamw |" in markdown(rungs)
+
+
+def test_what_no_rung_takes_out_is_said_below_the_table():
+    recipe = replace(RECIPE, ema=0.999, loss="bce", teacher="runs/cnn", workers=2, model="vit_debug", seed=3)
+    said = "In every rung, the first too: --loss bce, --teacher runs/cnn, --ema 0.999."
+    assert sorted(stays(recipe)) == sorted(said) and stays(recipe).startswith("In every rung, the first too: --")
+    assert stays(RECIPE) == ""
+    assert markdown([], said).splitlines()[-2:] == ["", said]

@@ -204,7 +204,8 @@ def test_a_search_that_was_told_otherwise_is_refused(config: TrainConfig, made_u
     other = replace(config, label_smoothing=0.1)
     for told, search, pruner, what in (
         (other, SEARCH, "median", "settings"), (config, SEARCH[:2], "median", "space"),
-        (config, SEARCH, "none", "pruner"), (replace(config, epochs=9), SEARCH, "median", "epochs"),
+        (config, SEARCH, "none", "pruner"),
+        (replace(config, epochs=9), SEARCH, "median", "epochs"),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=f"--out must name a search that was told the same; .* another {what}: name"

@@ -64,7 +64,7 @@ def test_every_setting_is_compared(make_task, stopped):
     before = read(last)["told"]
     assert {field.name for field in fields(TrainConfig)} > FREE | set(SETTLED)
     for field in fields(TrainConfig):
-        value = "another" if isinstance(before[field.name], str | None) else before[field.name] + 1
+        value = "another" if isinstance(before[field.name], str | tuple | None) else before[field.name] + 1
         now = before | {field.name: value}
         if field.name in FREE:
             assert not go_on(last, now, task).changed
@@ -75,6 +75,19 @@ def test_every_setting_is_compared(make_task, stopped):
         if field.name not in SETTLED:
             (line,) = go_on(last, now, task, [field.name]).told["overridden"]
             assert line == f"overridden from epoch 2 on: {flag} {before[field.name]} -> {value}"
+
+
+def test_the_model_that_is_meant_where_none_is_named_had_another_name_once(make_task, stopped):
+    last = stopped / "checkpoints" / "last.ckpt"
+    held = torch.load(last, weights_only=True)
+    now = held["told"]
+    assert now["model"] == "auto"
+    held["told"] = {**now, "model": "vit_tiny"}
+    torch.save(held, last)
+    assert not go_on(last, now, make_task()).changed
+    for other in ({"model": "vit_small"}, {"from_weights": "elsewhere"}):
+        with pytest.raises(ValueError, match="--model was vit_tiny, got "):
+            go_on(last, now | other, make_task())
 
 
 @pytest.mark.fault(45)

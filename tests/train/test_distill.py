@@ -181,7 +181,8 @@ def test_published_weights_of_others_are_fetched_from_where_they_are(monkeypatch
     ({"teacher": "timm:resnet18d_nothing.here"}, "timm has no model 'resnet18d_nothing.here'"),
     ({"teacher": "resnet81_224"}, "--teacher resnet81_224: no weights are known for 'resnet81_224', and no such model"),
     ({"teacher": "resnet81", "teacher_path": "x.pth"}, "--teacher resnet81: .*resnet"),
-    ({"teacher": "no/such/folder"}, "--teacher no/such/folder: no weights are known"),
+    ({"teacher": "no/such/folder"}, "--teacher no/such/folder: there is no such folder or file as .*: nor no/such"),
+    ({"teacher": "resnet.pth"}, "--teacher resnet.pth: there is no such folder or file as resnet.pth: look at the pa"),
 ])  # fmt: skip
 def test_what_is_no_teacher_is_named(settings: dict[str, str], message: str):
     with pytest.raises(ValueError, match=message):
@@ -217,7 +218,7 @@ def test_a_run_is_taught_from_the_command_line(photos: Path, tmp_path: Path, cap
     again = ["train", "--resume", str(taught), "--epochs", "2"]
     capsys.readouterr()
     assert main(again) == 2
-    assert f"--teacher {cnn / 'model'}: no weights are known" in capsys.readouterr().err
+    assert f"--teacher {cnn / 'model'}: there is no such folder or file" in capsys.readouterr().err
     assert main([*again, "--teacher", str(Path(moved) / "model")]) == 0
     rows = (taught / "history.csv").read_text().splitlines()
     assert len(rows) == 3 and "train_teacher_loss" in rows[0]

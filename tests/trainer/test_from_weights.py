@@ -108,6 +108,14 @@ def test_a_head_that_reads_something_else(weights: Path, caplog: pytest.LogCaptu
     assert torch.equal(again.norm.weight, trained.norm.weight) and again.attn_pool is not None
 
 
+def test_weights_that_are_not_there_are_named_with_the_flag_and_the_nearest(weights: Path):
+    near = f"there is no such folder or file as {weights}s: the nearest is {weights}"
+    with pytest.raises(ValueError, match=f"^--from {weights}s: {near}$"):
+        begun(f"{weights}s", some_splits())
+    with pytest.raises(ValueError, match=f"as {weights}/no/such: nor {weights}/no$"):
+        begun(weights / "no" / "such", some_splits())
+
+
 def test_a_pooling_that_a_model_has_not(tmp_path: Path):
     build_model("resnet_debug", num_classes=3).save_pretrained(tmp_path / "resnet")
     with pytest.raises(ValueError, match=r"resnet_debug takes no --global-pool; got avg: leave it out"):
@@ -185,7 +193,7 @@ def test_timms_folders_are_taken(weights: Path, tmp_path: Path):
 
 
 def test_weights_that_are_not_there():
-    with pytest.raises(ValueError, match="no weights are known for 'vit_tinny'"):
+    with pytest.raises(ValueError, match="^--from vit_tinny: no weights are known for 'vit_tinny'"):
         begun("vit_tinny", some_splits())
 
 

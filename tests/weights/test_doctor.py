@@ -13,6 +13,7 @@ from torch import nn
 
 from vitrail.cli import main
 from vitrail.models.registry import build_model
+from vitrail.train.finetune import prompted
 from vitrail.weights.doctor import MOST_LINES, fitting_rows, inspect, likeness
 from vitrail.weights.keymaps.vit import TORCHVISION, TRANSFORMERS
 from vitrail.weights.load import create_model, load_weights
@@ -46,6 +47,20 @@ def test_names_of_others_are_known(keymap, tmp_path: Path):
     told = inspect(tmp_path / "m.pth", "vit_tiny_mlp1_patch4_32")
     assert f"names: {keymap.source}'s" in told and "network: vit_tiny_mlp1_patch4_32, a vit" in told
     assert told[-1] == "against vit_tiny_mlp1_patch4_32: fits; names are translated, 0 resized, 80 in all"
+
+
+def test_a_folder_of_ours_is_known_by_its_card(tmp_path: Path):
+    model = prompted(build_model("vit_debug", num_classes=3), "deep_prompts:2")
+    assert inspect(model.save_pretrained(tmp_path / "prompted"))[2:4] == [
+        "network: vit_debug, a vit, with deep_prompts=2, reg_tokens=2",
+        "classes: 3",
+    ]
+    own = build_model("vit_debug", num_classes=0, depth=3, embed_dim=24)
+    own.variant = ""
+    assert inspect(own.save_pretrained(tmp_path / "own"))[2:4] == [
+        "network: a vit of its own, as its config.json says",
+        "classes: no head",
+    ]
 
 
 def test_rows_of_one_body_are_told_apart_by_their_positions(tmp_path: Path):

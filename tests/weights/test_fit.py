@@ -167,6 +167,12 @@ def test_bands_are_a_sequence_that_names_a_colour(shop: Any):
     for bands, message in (
         ("rgbn", r"bands must be a sequence of names, one a channel; got the text 'rgbn': say bands=\('red'"),
         (("nir", "swir", "vv", "vh"), "bands must name red, green or blue .*; got nir, swir, vv, vh: call the nearest"),
+        (
+            ("red", "green", "bleu", "nir"),
+            "bands have names of their own but for red, green and blue, .*; got 'bleu': "
+            r"did you mean blue\?",
+        ),
+        (("red", "grene", "blue", "nir"), r"bands have names .*; got 'grene': did you mean green\?"),
     ):
         with pytest.raises(ValueError, match=f"^here: {message}"):
             fit(shop.network(in_chans=4), shop.state(), bands=bands)
@@ -178,7 +184,7 @@ def test_channels_in_another_order_are_told_as_bands_and_not_as_resized(shop: An
     assert report.resized == [] and "channels by bands blue, green, red" in report.lines()
     _, report = fit(shop.network(in_chans=4), shop.state(), bands=("nir", "blue", "green", "red"))
     assert report.resized == [f"{KERNEL} (12, 3, 8, 8) -> (12, 4, 8, 8)"]
-    assert "channels by bands nir, blue, green, red" in report.lines()
+    assert "channels by bands nir, blue, green, red, no trained kernels being for nir" in report.lines()
     _, report = fit(shop.network(), shop.state(), bands=("red", "green", "blue"))
     assert report.lines() == [f"{report.taken} tensors"]
 

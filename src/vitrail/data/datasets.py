@@ -105,6 +105,12 @@ def split_name(data: str) -> tuple[str, str]:
     raise DataError(f"--data must be one of {', '.join(choices)}; got {data!r}{mend}")
 
 
+def same_data(one: str, other: str) -> bool:
+    """Whether two `--data` name the same images, a folder in two spellings for one."""
+    paths = [Path(name.removeprefix("folder:")).expanduser().resolve() for name in (one, other)]
+    return one == other or (one.startswith("folder:") and other.startswith("folder:") and paths[0] == paths[1])
+
+
 Ids = Mapping[str, Sequence[str]]
 """the images of parts that were drawn, by part: `Splits.record()["drawn"]`"""
 

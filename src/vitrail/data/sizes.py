@@ -13,6 +13,7 @@ meant here). A size for each batch: Redmon & Farhadi 2017, "YOLO9000", section 2
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.names import require
+
+LOG = logging.getLogger("vitrail")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,24 @@ class Sizes:
         within = f", {last} pixels within epoch {epochs}" if last > shares[-1][0] else ""
         stages = [(side, next(group)[1]) for side, group in groupby(shares, lambda share: share[0])]
         return ", ".join(f"{side} pixels from epoch {epoch} on" for side, epoch in stages) + within
+
+
+def changing_sizes(config: SizeConfig, full: tuple[int, int], cell: int, epochs: int, batches: int) -> Sizes | None:
+    """How the size of training images changes in a run of so many epochs and batches of each; None where it does not.
+
+    The logger `vitrail` is told what is to come. Raises `ValueError` as `Sizes` does.
+    """
+    if not config.changes_sizes:
+        return None
+    sizes, total = Sizes(config, full, cell), epochs * batches
+    if plan := sizes.plan(epochs, batches):
+        LOG.info("training images have a short side of %s", plan)
+    if not sizes.grows_up(total):
+        LOG.warning(
+            "training images do not get to their full %d pixels in this run (batches: %d): give more --epochs, or a "
+            "smaller --grow-until", min(full), total,
+        )  # fmt: skip
+    return sizes
 
 
 def resized(images: Tensor, size: Sequence[int], interpolation: str) -> Tensor:

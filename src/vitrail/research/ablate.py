@@ -21,6 +21,7 @@ from vitrail.draw.plots import Measure
 from vitrail.names import require
 from vitrail.records import History
 from vitrail.research.runs import Tried, accuracy, gain, interval, percent, tried
+from vitrail.train.changes import FREE
 from vitrail.train.config import TrainConfig
 
 
@@ -57,6 +58,12 @@ STILL = dict(
     flip=0.0, flip_vertical=0.0, crop="none", color_jitter=0.0, auto_augment="none", mixup=0.0, cutmix=0.0, erase=0.0
 )
 """settings of a recipe that varies no image"""
+
+
+SETUP = frozenset({
+    "data", "val_fraction", "img_size", "batch_size", "seed", "model", "precision", "devices", "num_nodes", "debug",
+})  # fmt: skip
+"""settings that are no part of a recipe: which images and network, and on what machine"""
 
 
 class Rung(NamedTuple):
@@ -112,13 +119,21 @@ def history_of(run: Path) -> History:
     return History(rows)
 
 
-def markdown(rungs: Sequence[Rung]) -> str:
-    """The table, accuracies in percent and gains in points."""
+def stays(recipe: TrainConfig) -> str:
+    """What of a recipe is in every rung, since no rung takes it out, in words; empty where nothing is."""
+    taken = {name for part in PARTS for name in part.without} | SETUP | FREE
+    kept = {name: value for name, value in recipe.changes().items() if name not in taken}
+    said = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in kept.items())
+    return f"In every rung, the first too: {said}." if said else ""
+
+
+def markdown(rungs: Sequence[Rung], kept: str = "") -> str:
+    """The table, accuracies in percent and gains in points; below it what `stays` says."""
     lines = ["| recipe | test accuracy % | gain | seconds |", "|---|---|---|---:|"]
     lines += [
         f"| {rung.name} | {percent(rung.accuracy)} | {_points(rung.gain)} | {rung.seconds:.0f} |" for rung in rungs
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", kept] if kept else [])])
 
 
 def _points(measure: Measure | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def tried(config: TrainConfig, name: str) -> Tried:
     if has_checkpoints(folder / "checkpoints"):
         was = TrainConfig.from_yaml(folder / "config.yaml")
         if was != config:
-            raise ValueError(f"--out must name runs that were told the same; {folder} was told otherwise: name another")
+            raise ValueError(
+                f"--out must name runs that were told the same; {folder} had {_differing(was, config)}: name another"
+            )
     if not (folder / ANSWERS).is_file():
         begun = has_checkpoints(folder / "checkpoints")
         history = resume_training(folder) if begun else run_training(config)
@@ -64,6 +67,12 @@ def tried(config: TrainConfig, name: str) -> Tried:
     found = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
     labels, answers = torch.tensor(found["labels"]), torch.tensor(found["answers"])
     return Tried(name, config.numbers().lr, found["trained"], found["seconds"], labels, answers)
+
+
+def _differing(was: TrainConfig, now: TrainConfig) -> str:
+    """What two runs were told otherwise, in words."""
+    pairs = {name: (value, getattr(now, name)) for name, value in asdict(was).items() if value != getattr(now, name)}
+    return ", ".join(f"--{name.replace('_', '-')} {old}, not {new}" for name, (old, new) in pairs.items())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from vitrail.names import closest, require
 from vitrail.tasks.base import Task
 from vitrail.train.checkpoint import read
-from vitrail.train.config import TrainConfig
+from vitrail.train.config import AUTO, DEFAULT, TrainConfig
 from vitrail.train.imagelist import difference, remembered
 from vitrail.train.optim import decayed
 from vitrail.train.resume import Loader
@@ -116,7 +116,8 @@ def go_on(
     _check_names(names, set(now) - FREE - BESIDE)
     state = read(checkpoint)
     before, done = settings(TrainConfig()) | {"teacher": None} | state["told"], len(state["history"]["rows"])
-    fixed = [_named(change, checkpoint, loader) for change in changes(before, now) if change.name not in FREE]
+    compared = now | {"model": before["model"]} if _same_default(before, now) else now
+    fixed = [_named(change, checkpoint, loader) for change in changes(before, compared) if change.name not in FREE]
     _refuse(fixed, list(_stuck(state, fixed, task)), names)
     require(now["epochs"] >= done, "epochs", f"be at least {done}, which are done", now["epochs"])
     _tell_of_epochs(before["epochs"], now["epochs"])
@@ -130,6 +131,12 @@ def go_on(
         LOG.warning("the moments of %s are left behind: those of %s begin anew", before["optimizer"], now["optimizer"])
     past = [*before["overridden"], *(f"overridden from epoch {done + 1} on: {line}" for line in lines)]
     return Start({**now, "overridden": past}, checkpoint, anew, bool(lines), done, forget)
+
+
+def _same_default(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether neither names a model but as the default is called, which was a row's name once."""
+    fresh = not (before["from_weights"] or now["from_weights"])
+    return fresh and {before["model"], now["model"]} == {AUTO, DEFAULT}
 
 
 def refuse_idle(start: Start, epochs: int) -> None:

@@ -35,7 +35,8 @@ Log = Literal["csv", "tensorboard", "wandb", "mlflow"]
 GlobalPool = Literal["auto", "token", "avg", "map"]
 LOG = logging.getLogger("vitrail")
 AUTO = "auto"
-"""the model that is meant where none is named"""
+"""the model that is meant where none is named: `DEFAULT`, or that of the weights to begin with"""
+DEFAULT = "vit_tiny"
 PAD, RESIZED, RAND, GROWN = "--crop pad", "--crop resized", "--auto-augment rand", "--grow-from"
 FALLING, FALLS, RESTARTS = "a --schedule that falls", "--schedule step", "--schedule restarts"
 SQUARES = "an --optimizer other than sgd"

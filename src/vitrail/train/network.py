@@ -20,7 +20,7 @@ from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import FAMILIES, ROWS, build_from_config, native_size, resolve_name
 from vitrail.records import Preprocess
-from vitrail.train.config import AUTO, TrainConfig
+from vitrail.train.config import AUTO, DEFAULT, TrainConfig
 from vitrail.train.finetune import PROMPTS, freezing, prompted, rebuilt
 from vitrail.weights.load import create_model, open_weights, say_row
 
@@ -31,7 +31,7 @@ LOG = logging.getLogger("vitrail")
 
 def row_named(config: TrainConfig) -> str:
     """The row, or its short name, of a network whose weights are drawn."""
-    return "vit_tiny" if config.model == AUTO else config.model
+    return DEFAULT if config.model == AUTO else config.model
 
 
 def make_model(config: TrainConfig, splits: Splits, former: Mapping[str, Any] | None = None) -> Backbone:
@@ -84,7 +84,11 @@ def _begun(config: TrainConfig, splits: Splits) -> Backbone:
     """The network of somebody's weights, for these images and classes."""
     own, row = config.img_size or splits.train.size, "" if config.model == AUTO else config.model
     given: dict[str, Any] = {"in_chans": splits.preprocess().in_chans} | ({"img_size": pair(own)} if own else {})
-    model = open_weights(config.from_weights, row and resolve_name(row, min(pair(own or 224))), **given).train()
+    try:
+        model = open_weights(config.from_weights, row and resolve_name(row, min(pair(own or 224))), **given).train()
+    except ValueError as error:
+        error.args = (f"--from {config.from_weights}: {error}",)
+        raise
     dropouts = _dropouts({f.name for f in fields(model.config)}, model.variant or model.family, config)
     if any(getattr(model.config, name) != value for name, value in dropouts.items()):
         model = rebuilt(model, **dropouts)

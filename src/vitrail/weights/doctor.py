@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from vitrail.models.backbone import Backbone
-from vitrail.models.config import flat
+from vitrail.models.config import flat, tuples
 from vitrail.models.registry import FAMILIES, ROWS, build_model
+from vitrail.records import ModelCard
 from vitrail.weights.fit import LEAVE_HEAD, Report, at_grids, at_patches, first, fitted, misfits, not_finite, shape_of
 from vitrail.weights.layouts import favoured, left_out, ours
 from vitrail.weights.read import Checkpoint, CheckpointError, read_checkpoint
@@ -131,7 +133,7 @@ def inspect(path: str | Path, model: str | Backbone | None = None, part: str | N
         *_about_file(checkpoint),
         *not_finite(checkpoint.tensors),
         *names,
-        *_about_network(tensors, near),
+        *_about_network(tensors, near, read_sidecar(checkpoint.path).card),
         *_about_sidecar(checkpoint, tensors),
     ]
     if model is not None:
@@ -155,7 +157,9 @@ def _about_dropped(checkpoint: Checkpoint) -> list[str]:
     return [f"of no use here: {what} ({len(names)}): {first(names, 4)}" for what, names in parts]
 
 
-def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[str]:
+def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness], card: ModelCard | None) -> list[str]:
+    if card is not None and not (near and near[0].share == 1):
+        return [f"network: {_by_card(card)}", f"classes: {card.config['num_classes'] or 'no head'}"]
     if not near or near[0].share < ALIKE:
         heads = Counter(name.partition(".")[0] for name in tensors)
         return [f"network: none that is known here; names begin with {first([*dict(heads.most_common())], 6)}"]
@@ -166,6 +170,16 @@ def _about_network(tensors: Mapping[str, Tensor], near: list[Likeness]) -> list[
     same = [like.row for like in near if like.share == 1]
     others = f"; but for positions also {first(same[1:], 3)}" if len(same) > 1 else ""
     return [f"network: {best.row}, a {ROWS[best.row]}{'' if best.exact else ' of another image size'}{others}", head]
+
+
+def _by_card(card: ModelCard) -> str:
+    """What a card of ours says of a network that is no row, and how it is not the row that it began as."""
+    if card.name not in ROWS:
+        return f"a {card.family} of its own, as its config.json says"
+    row = asdict(FAMILIES[card.family].variants[card.name])
+    other = {name: value for name, value in card.config.items() if tuples(value) != row[name]}
+    changes = ", ".join(f"{name}={value}" for name, value in other.items() if name != "num_classes")
+    return f"{card.name}, a {card.family}, with {changes}"
 
 
 def _head(row: str, tensors: Mapping[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrail.layers.embed import resize_positions, resize_relative_bias
 from vitrail.layers.relative import resize_relative
 from vitrail.models.backbone import Backbone, PositionTable
-from vitrail.names import check_choice, printable, shortened
+from vitrail.names import check_choice, closest, printable, shortened
 from vitrail.weights.read import CheckpointError
 from vitrail.weights.wrapped import is_head
 
@@ -81,11 +81,17 @@ class Report:
         told += [f"taken out of {' > '.join(self.wrappers)}{_not(self.passed)}"] if self.wrappers else []
         told += [f"not taken: {first(self.untaken)}"] if self.untaken else []
         told += [*(f"resized {line}" for line in self.resized)]
-        told += [f"channels by bands {first(self.bands)}"] if self.bands else []
+        told += [f"channels by bands {first(self.bands)}{_without(self.bands)}"] if self.bands else []
         told += [f"fresh: {', '.join(self.left)}"] if self.left else []
         parts = [f"{what} ({len(names)} tensors)" if len(names) > 1 else what for what, names in self.left_out.items()]
         told += [f"not used: {first([*parts, *self.unused])}"] if parts or self.unused else []
         return told + self.remarks + self.faults
+
+
+def _without(bands: Sequence[str]) -> str:
+    """Which bands no kernel was trained for, in words."""
+    others = [band for band in bands if band.strip().lower() not in RGB]
+    return f", no trained kernels being for {first(others)}" if others else ""
 
 
 def _not(passed: Sequence[str]) -> str:
@@ -301,6 +307,11 @@ def for_bands(where: str, weight: Tensor, channels: int, bands: Sequence[str], r
     names = [band.strip().lower() for band in bands]
     if len(names) != channels or len(set(names)) != len(names):
         raise CheckpointError(f"{where}: bands must name each of the {channels} channels once; got {', '.join(bands)}")
+    if wrong := [name for name in names if name not in RGB and closest(name, RGB)]:
+        raise CheckpointError(
+            f"{where}: bands have names of their own but for red, green and blue, whose kernels the weights hold; got "
+            f"{shortened(wrong[0])}: did you mean {closest(wrong[0], RGB)}?"
+        )
     if not set(RGB) & set(names):
         raise CheckpointError(
             f"{where}: bands must name red, green or blue among the channels, whose kernels the weights hold; got "

@@ -18,7 +18,7 @@ from vitrail.folder import FolderError, find_folder
 from vitrail.layers.embed import pair
 from vitrail.models.backbone import Backbone
 from vitrail.models.registry import ROWS, build_model, elsewhere, resolve_name
-from vitrail.names import MODEL_SPELLINGS, nearest, shortened, unpacked
+from vitrail.names import MODEL_SPELLINGS, closest, nearest, shortened, unpacked
 from vitrail.records import Preprocess
 from vitrail.weights.fit import Report, Rest, tell
 from vitrail.weights.foreign import (
@@ -40,6 +40,7 @@ from vitrail.weights.sidecar import read_sidecar
 from vitrail.weights.sources import SOURCES, find_source, near_sources
 
 ASSETS = Path(__file__).parents[1] / "assets" / "models"
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
 LOG = logging.getLogger("vitrail")
 
 
@@ -238,7 +239,21 @@ def open_weights(
         return filled(base_by(file, row), file, overrides, known, bands, rest).eval()
     if path.exists():
         return model_of_file(path, overrides, bands, rest).eval()
+    if place_of(source) is None and _is_place(path):
+        raise CheckpointError(_no_place(path))
     return create_model(source, pretrained=True, bands=bands, rest=rest, **overrides).eval()
+
+
+def _is_place(path: Path) -> bool:
+    """Whether what names weights can be no published name: a folder, or a file's ending, is in it."""
+    return len(path.parts) > 1 or path.is_absolute() or path.suffix in ENDINGS
+
+
+def _no_place(path: Path) -> str:
+    there = path.parent.is_dir()
+    close = closest(path.name, (beside.name for beside in path.parent.iterdir())) if there else None
+    mend = f"the nearest is {path.parent / close}" if close else "look at the path" if there else f"nor {path.parent}"
+    return f"there is no such folder or file as {path}: {mend}"
 
 
 def _is_architecture(name: str) -> bool:
