@@ -135,6 +135,8 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
         ({"data": "folder:photos", "download": True}, "--download needs --data cifar10 or cifar100"),
         ({"log": "tensorboard"}, "--log needs a folder to write to (out)"),
         ({"checkpoint_every": 1}, "--checkpoint-every needs a folder to write to (out)"),
+        ({"strategy": "fsdp"}, "--strategy needs several processes (--devices, --num-nodes)"),
+        ({"strategy": "fsdp", "devices": 2, "patience": 1}, "--patience needs validation images"),
         ({"patience": 1}, "--patience needs validation images"),
         ({"patience": 1, "rand_ops": 3}, "--rand-ops needs --auto-augment rand; --patience needs validation images"),
     ],

@@ -51,7 +51,7 @@ def in_company(config: TrainConfig, farewell: Callable[[], str]) -> Iterator[Non
     except RuntimeError as error:
         if config.world == 1 or not re.search(LOST, str(error)):
             raise
-        what = str(error).splitlines()[0]
+        what = str(error).splitlines()[0].partition(". ")[0]
         raise ProcessLost(
             f"all {config.world} processes of a run take each step together; one ended, or is out of reach ({what}): "
             f"see what it said; {farewell()}"
