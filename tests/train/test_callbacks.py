@@ -13,7 +13,9 @@ from torch.utils.data._utils import signal_handling
 
 from vitrail.data.imagesets import TensorSet
 from vitrail.data.loading import make_loader
+from vitrail.data.transforms import eval_transform
 from vitrail.data.watch import LoaderError
+from vitrail.records import Preprocess
 from vitrail.train.callbacks import StopOnSignal, handlers_kept
 
 
@@ -39,6 +41,9 @@ def test_a_handler_that_python_does_not_know_is_left_alone(handlers):
         stop.on_train_start(None, None)
         assert handlers == before | {signal.SIGINT: stop._heard}
     assert handlers == before
+
+
+AS_IT_IS = eval_transform(Preprocess(img_size=(8, 8)))
 
 
 class Deadly(TensorSet):
@@ -67,5 +72,5 @@ def test_after_a_run_with_workers_one_that_dies_is_heard_of_at_once(train):
     images.size = None
     began = time.monotonic()
     with pytest.raises(LoaderError, match="worker 0 was killed by SIGKILL"):
-        list(make_loader(images, batch_size=4, train=False, workers=1, timeout=10, transform=lambda image: image))
+        list(make_loader(images, batch_size=4, train=False, workers=1, timeout=10, transform=AS_IT_IS))
     assert time.monotonic() - began < 8

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.models.registry import build_model
 from vitrail.tasks.classify import Classify
-from vitrail.train import profile
+from vitrail.train import engine, profile
 from vitrail.train.config import TrainConfig
 from vitrail.train.engine import fit
 from vitrail.train.operators import Operator, operators_of
@@ -117,13 +117,20 @@ def test_a_run_that_is_measured_learns_the_same(train, make_task, fingerprint, t
 
 
 def test_validation_is_no_part_of_a_step(train, monkeypatch, tmp_path: Path):
-    """Eight steps an epoch, and a validation of a fifth of a second after each."""
-    from vitrail.train import engine
+    """Eight steps an epoch, and a validation of a fifth of a second after each, of which nothing is traced."""
+    traced = []
 
-    slow = lambda self: time.sleep(0.2)  # noqa: E731
-    monkeypatch.setattr(engine.TaskModule, "on_validation_epoch_start", lambda self: (slow(self), self.metrics.reset()))
+    def validates(self: engine.TaskModule) -> None:
+        traced.append(torch.autograd._profiler_enabled())
+        self.metrics.reset()
+        time.sleep(0.2)
+
+    monkeypatch.setattr(engine.TaskModule, "on_validation_epoch_start", validates)
     train(epochs=3, profile=True, out=tmp_path, entropy_floor=0)
     assert json.loads((tmp_path / "profile.json").read_text())["milliseconds"][BETWEEN] < 20
+    monkeypatch.setattr(profile, "planned", lambda steps: ["parts"] + ["traced"] * steps)
+    train(epochs=2, profile=True, entropy_floor=0)
+    assert traced == [False] * 5
 
 
 def test_what_cannot_be_written_ends_no_training(train, tmp_path: Path, caplog):
