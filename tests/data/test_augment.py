@@ -161,6 +161,12 @@ def test_the_same_seed_gives_the_same_batch(policy):
     assert first.isfinite().all()
 
 
+@pytest.mark.parametrize("setting", [{"rand_ops": 3}, {"rand_magnitude": 20}, {"rand_std": 3.0}, {"rand_chance": 0.5}])
+def test_what_is_said_of_rand_augment_reaches_it(setting):
+    plain, told = (augment(1, raw(), auto_augment="rand", **more)["image"] for more in ({}, setting))
+    assert not torch.equal(plain, told)
+
+
 def test_the_raw_batch_stays_as_it_was():
     batch = raw()
     before = batch["image"].clone()

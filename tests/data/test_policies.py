@@ -83,9 +83,9 @@ def test_rand_may_draw_its_strength():
 def test_rand_may_leave_operations_out():
     torch.manual_seed(0)
     done = [
-        (draw_rand(20_000, 8, 8, chance=chance).op != NAMES.index("identity")).double().mean() for chance in (1, 0.5)
+        (draw_rand(20_000, 8, 8, chance=chance).op != NAMES.index("identity")).double().mean() for chance in (1, 0.25)
     ]
-    assert done[1] / done[0] == pytest.approx(0.5, abs=0.02)
+    assert done[1] / done[0] == pytest.approx(0.25, abs=0.02)
 
 
 def test_rand_has_its_number_and_strength():
