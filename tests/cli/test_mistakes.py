@@ -21,7 +21,7 @@ Said = Callable[..., tuple[str, str]]
     ("train --zzz sgd", "vitrail train has no flag --zzz: see vitrail train --help"),
     ("train --n-classes 3", "vitrail train takes no --n-classes: the data says it"),
     ("train --hidden_size 192", "takes no --hidden-size: the row that `model` names says it (`vitrail models`)"),
-    ("zzz", "models, inspect, convert, parity, transfer, ablate, demo; got 'zzz'\n"),
+    ("zzz", "models, inspect, convert, parity, transfer, ablate, tune, demo; got 'zzz'\n"),
     ("train --model vit_tinny", "'vit_tinny'; the nearest are vit_tiny,"),
     ("train --epochs three", "--epochs takes a whole number; got three"),
     ("train --epochs -1", "--epochs must be at least 1; got -1"),
