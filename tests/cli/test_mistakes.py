@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vitrail import trainer
+from vitrail.data import imagesets
 
 Said = Callable[..., tuple[str, str]]
 
@@ -86,6 +89,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, message: str, run: Pa
     assert message.format(**places) in err
     assert err.startswith("error: ")
     assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.fault(36)
+def test_a_loaders_worker_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch, photos, tmp_path: Path, said: Said):
+    monkeypatch.setattr(imagesets, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(imagesets, "read_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    words = f"train --data folder:{photos} --model vit_debug --epochs 1 --in-memory false --workers 1"
+    _, err = said(*words.split(), "--out", tmp_path / "run", code=2)
+    line = err.splitlines()[-1]
+    assert line.startswith(
+        "error: a process that loads images must live while it is needed; worker 0 was killed by SIGKILL"
+    )
+    assert "Traceback" not in err
 
 
 def test_a_wrong_model_is_found_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Said):

@@ -29,7 +29,7 @@ GRACE = 0.2
 """seconds in which the system tells that a process has died"""
 
 
-class LoaderError(RuntimeError):
+class LoaderError(ValueError):
     """A worker process that loads images died or hangs. The message names it and the image that it was at."""
 
 
