@@ -121,6 +121,7 @@ def in_two_processes() -> Callable[[Callable[[int], None]], None]:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "a run", "WORLD_SIZE": "2"}
             os.environ.update(address | own)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            torch.set_num_threads(torch.get_num_threads())  # renews a fork's pool, which two threads must not
             work(rank)
 
         both = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in (0, 1)]

@@ -41,7 +41,7 @@ BEGUN = "training images have a short side"
 """the last that a run says before it trains"""
 PATIENCE = 60
 """seconds that a run may take"""
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 GONE = 10
 """seconds in which the system has removed what was killed"""
 PROCESSES = Path("/proc")
@@ -105,6 +105,7 @@ class Forks(FORK.Process):  # type: ignore[name-defined,misc]
 
     def _one(self, rank: int) -> None:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        torch.set_num_threads(torch.get_num_threads())  # renews a fork's pool, which two threads must not
         self.setup()
         sys.exit(main(["train", *self.words]))
 

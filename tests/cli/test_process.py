@@ -150,10 +150,10 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 INTERRUPTED_WHILE = """
 import builtins, os, signal, sys
 load = builtins.__import__
-def interrupted(name, *rest):
+def interrupted(name, *rest, **named):
     if name == "torch":
         os.kill(os.getpid(), signal.SIGINT)
-    return load(name, *rest)
+    return load(name, *rest, **named)
 builtins.__import__ = interrupted
 WAY_IN
 sys.exit(way_in())

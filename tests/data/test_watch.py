@@ -66,7 +66,7 @@ def test_a_worker_that_is_killed_is_named_with_its_image(workers):
     words = rf"worker {workers - 1} was killed by SIGKILL, as the system does .* while at p/13\.png \(image 13\)"
     with pytest.raises(LoaderError, match=words):
         list(loader(die, workers=workers))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert multiprocessing.active_children() == []
 
 
@@ -100,7 +100,7 @@ def test_a_worker_that_hangs_is_named_and_ended():
     words = r"within 2 s \(--worker-timeout\); worker 1 has been at p/13\.png \(image 13\) for \d s"
     with pytest.raises(LoaderError, match=words):
         list(loader(hang, timeout=2))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert multiprocessing.active_children() == []
 
 

@@ -308,8 +308,8 @@ def test_more_devices_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--devices must be at most 2, the number of cuda devices here; got 4"):
-        engine._machine(TrainConfig(device="cuda", devices=4))
-    assert engine._machine(TrainConfig(devices=2)) == "cuda"
+        machine.machine(TrainConfig(device="cuda", devices=4))
+    assert machine.machine(TrainConfig(devices=2)) == "cuda"
 
 
 def test_fp16_is_refused_where_auto_finds_a_cpu(train, monkeypatch):

@@ -65,6 +65,7 @@ def start(train: Callable[..., Any], make_task: Callable[..., Any]) -> Callable[
         def work() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.setsid()  # its loader's workers are killed with it
+            torch.set_num_threads(torch.get_num_threads())  # renews a fork's pool, which two threads must not
             setup()
             task = make_task(seed=int(options.get("resume", False)), drop_path_rate=0.2, drop_rate=0.1)
             history = train(task, out=out / "run", **options)

@@ -79,12 +79,11 @@ class WatchedLoader(DataLoader[Batch]):
     ) -> None:
         super().__init__(*args, **options)
         self._board, self.names, self._learnt, self.bad = board, names, learnt, BadImages()
-        self._started: list[Any] = []
-        """workers of the last pass"""
+        self._last: Any = None
+        """the last pass over the batches"""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        inner = super().__iter__()
-        self._started = list(getattr(inner, "_workers", []))
+        self._last = inner = super().__iter__()
         if self._learnt is not None:
             self.bad.learnt = self._learnt
         while (drawn := self._next(inner)) is not None:
@@ -99,7 +98,7 @@ class WatchedLoader(DataLoader[Batch]):
         try:
             return next(inner, None)
         except (RuntimeError, OSError, EOFError) as error:  # a batch may be lost on its way from a worker that died
-            workers = list(getattr(inner, "_workers", []))
+            workers = _workers(inner)
             hangs = str(error).startswith("DataLoader timed out")  # a disk may say "timed out" too
             gone = [] if hangs else [n for n, worker in enumerate(workers) if _is_gone(worker)]
             if not hangs and not gone:
@@ -111,13 +110,16 @@ class WatchedLoader(DataLoader[Batch]):
     def name_dead(self, error: RuntimeError) -> None:
         """Raises `LoaderError` in the place of torch's error, wherever that came up, if it is of a worker of this one.
 
-        The system tells of a dead worker at any moment: most often not where a batch is waited for.
+        The system tells of a dead worker at any moment: most often not where a batch is waited for. The others are
+        ended, or they would be when Python collects them, and torch would tell of the dead one again.
         """
         said = re.fullmatch(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) .*", str(error).strip(), re.DOTALL)
-        dead = set(said[1].split(", ")) if said else set()
-        gone = [n for n, worker in enumerate(self._started) if str(worker.pid) in dead and _is_gone(worker)]
+        dead, workers = set(said[1].split(", ")) if said else set(), _workers(self._last)
+        gone = [n for n, worker in enumerate(workers) if str(worker.pid) in dead and _is_gone(worker)]
         if gone:
-            raise LoaderError(self._dead(self._started, gone)) from None
+            message = self._dead(workers, gone)
+            self._end(self._last, workers)
+            raise LoaderError(message) from None
 
     def _dead(self, workers: list[Any], gone: list[int]) -> str:
         how = "; ".join(f"worker {n} {_cause(workers[n].exitcode)} while at {self._place(n)}" for n in gone)
@@ -165,6 +167,11 @@ def counted_in(bad: BadImages, *loaders: Iterable[Any] | None) -> Iterator[BadIm
         for loader, its in own.items():
             loader.bad = its
         bad.say()
+
+
+def _workers(inner: Any) -> list[Any]:
+    """The processes of one pass over the batches; none without a pass, or where images are loaded in this process."""
+    return list(getattr(inner, "_workers", []))
 
 
 def _is_gone(worker: Any) -> bool:
