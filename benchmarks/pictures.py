@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     paths = sorted(args.folder.rglob("*.jpg"))
     print(f"{len(paths)} JPEGs, {_usual(paths)}, batch {args.batch}; {machine('cpu', 'torchvision', 'pillow')}\n")
     found = rounds(ways(paths, args.batch), args.repeats, timer=time.process_time)

@@ -149,6 +149,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 
 INTERRUPTED_WHILE = """
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 load = builtins.__import__
 def interrupted(name, *rest, **named):
     if name == "torch":

@@ -46,6 +46,14 @@ def loader(fate, timeout=300.0, workers=2):
     return make_loader(images, batch_size=4, train=False, workers=workers, timeout=timeout, transform=Random())
 
 
+@pytest.fixture
+def workers_here():
+    """`workers_here()`: the processes begun since, without those of other tests' loaders that something still holds."""
+    gc.collect()
+    others = multiprocessing.active_children()
+    return lambda: [process for process in multiprocessing.active_children() if process not in others]
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -61,27 +69,27 @@ def fail():
 
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_is_killed_is_named_with_its_image(workers):
+def test_a_worker_that_is_killed_is_named_with_its_image(workers, workers_here):
     began = time.monotonic()
     words = rf"worker {workers - 1} was killed by SIGKILL, as the system does .* while at p/13\.png \(image 13\)"
     with pytest.raises(LoaderError, match=words):
         list(loader(die, workers=workers))
     assert time.monotonic() - began < 60
-    assert multiprocessing.active_children() == []
+    assert workers_here() == []
 
 
 @pytest.mark.fault(36)
-def test_a_worker_that_dies_while_something_else_is_done_is_named_too():
+def test_a_worker_that_dies_while_something_else_is_done_is_named_too(workers_here):
     """The system tells of it at once: in a training step, or wherever the program is."""
     words = r"worker \d was killed by SIGKILL, as the system does .* while at "
     with pytest.raises(LoaderError, match=words), counted_in(BadImages(), made := loader(None)):
         batches = iter(made)
         next(batches)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        os.kill(workers_here()[0].pid, signal.SIGKILL)
         time.sleep(20)
     del batches, made
     gc.collect()
-    assert multiprocessing.active_children() == []
+    assert workers_here() == []
 
 
 def test_an_error_of_somebody_elses_worker_passes():
@@ -95,13 +103,13 @@ def test_an_error_of_somebody_elses_worker_passes():
 
 
 @pytest.mark.fault(37)
-def test_a_worker_that_hangs_is_named_and_ended():
+def test_a_worker_that_hangs_is_named_and_ended(workers_here):
     began = time.monotonic()
-    words = r"within 2 s \(--worker-timeout\); worker 1 has been at p/13\.png \(image 13\) for \d s"
+    words = r"within 2 s \(--worker-timeout\); worker 1 has been at p/13\.png \(image 13\) for \d+ s"
     with pytest.raises(LoaderError, match=words):
         list(loader(hang, timeout=2))
     assert time.monotonic() - began < 60
-    assert multiprocessing.active_children() == []
+    assert workers_here() == []
 
 
 @pytest.mark.fault(38)
@@ -172,8 +180,8 @@ def test_of_two_workers_the_one_that_hangs_is_named(slow, at, worker):
 
 
 @pytest.mark.fault(36)
-def test_after_a_kill_no_process_is_left_while_the_loader_lives():
-    others, made = multiprocessing.active_children(), loader(die)  # those of a loader whose error is still looked at
+def test_after_a_kill_no_process_is_left_while_the_loader_lives(workers_here):
+    made = loader(die)
     with pytest.raises(LoaderError):
         list(made)
-    assert [process for process in multiprocessing.active_children() if process not in others] == []
+    assert workers_here() == []
