@@ -119,7 +119,8 @@ def test_a_run_that_is_gone_on_with_goes_on_there_too(train, tmp_path: Path, sto
     rows = wandb_history(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["val_loss"] for row in rows] == history["val_loss"]
-    assert {path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")} == {before["wandb"]}
+    parts = list(tmp_path.glob("wandb/offline-run-*"))  # two of one second get a number more
+    assert len(parts) == 2 and all(f"-{before['wandb']}" in path.name for path in parts)
     told = store.get_metric_history(before["mlflow"], "val_loss")
     assert [m.step for m in told] == [1, 2, 3, 4]
     assert store.get_run(before["mlflow"]).info.status == "FINISHED"
