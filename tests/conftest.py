@@ -55,16 +55,25 @@ def seeds() -> None:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_photos() -> Callable[[Path, int, int], Path]:
+    """`make_photos(folder, each, seed)`: pictures of 32 x 32 pixels in two classes, dark and bright noise."""
+
+    def make(folder: Path, each: int, seed: int) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        for name, low in (("bright", 130), ("dark", 0)):
+            (folder / name).mkdir()
+            for number in range(each):
+                noise = torch.randint(low, low + 120, (32, 32, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(noise.numpy()).save(folder / name / f"{number}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: Callable[[Path, int, int], Path]) -> Path:
     """A folder of twelve pictures of 32 x 32 pixels in two classes: dark and bright noise, easy to tell apart."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = torch.Generator().manual_seed(0)
-    for name, low in (("bright", 130), ("dark", 0)):
-        (folder / name).mkdir()
-        for number in range(6):
-            noise = torch.randint(low, low + 120, (32, 32, 3), dtype=torch.uint8, generator=generator)
-            Image.fromarray(noise.numpy()).save(folder / name / f"{number}.png")
-    return folder
+    return make_photos(tmp_path_factory.mktemp("photos"), 6, 0)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
@@ -57,15 +56,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many(tmp_path_factory: pytest.TempPathFactory, make_photos: Callable[[Path, int, int], Path]) -> Path:
     """Eighty pictures of 32 x 32 pixels in two classes, as `photos` are."""
-    folder, generator = tmp_path_factory.mktemp("many"), torch.Generator().manual_seed(1)
-    for name, low in (("bright", 130), ("dark", 0)):
-        (folder / name).mkdir()
-        for number in range(40):
-            noise = torch.randint(low, low + 120, (32, 32, 3), dtype=torch.uint8, generator=generator)
-            Image.fromarray(noise.numpy()).save(folder / name / f"{number}.png")
-    return folder
+    return make_photos(tmp_path_factory.mktemp("many"), 40, 1)
 
 
 @pytest.fixture(scope="module")
